@@ -208,7 +208,10 @@ def spans() -> None:
         return trace(Tracing(Tracer(Sampling()), queue.put), side)(handler)
 
     queue = SpanQueue(
-        _Nobody, QueueSettings(2 * CALLS, batch=CALLS, delay=3600), Metrics().spans, print
+        _DiscardingExporter,
+        QueueSettings(2 * CALLS, batch=CALLS, delay=3600),
+        Metrics().spans,
+        print,
     )
     bare, bare2 = once(handler, _w3c(b"01")), once(handler, _w3c(b"01"), b"2")
     cases = {
@@ -252,7 +255,7 @@ def _timed(call: Callable[[], None]) -> float:
     return took
 
 
-class _Nobody:
+class _DiscardingExporter:
     """An exporter that discards everything: its work is not on a request's path."""
 
     def prepare(self, records: Sequence[Record]) -> None: ...

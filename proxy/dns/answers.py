@@ -225,7 +225,7 @@ def _reply(wire: bytes, say: Callable[[dns.message.Message], Result]) -> Reply:
 def _negative(message: dns.message.Message, zone: dns.name.Name, verdict: Verdict) -> Result:
     if verdict is Verdict.NXDOMAIN:
         message.set_rcode(dns.rcode.NXDOMAIN)
-    start = f"ns.isthmus.invalid. nobody.isthmus.invalid. 1 3600 600 86400 {_NEGATIVE_TTL}"
+    start = f"ns.isthmus.invalid. hostmaster.isthmus.invalid. 1 3600 600 86400 {_NEGATIVE_TTL}"
     message.authority.append(
         dns.rrset.from_text(zone, _NEGATIVE_TTL, dns.rdataclass.IN, dns.rdatatype.SOA, start)
     )

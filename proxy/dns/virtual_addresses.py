@@ -51,7 +51,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _PROBES = 64
 _LOAD = 8
 
-_NOBODYS = nullcontext()  # for an address that is not assigned
+_UNASSIGNED = nullcontext()  # an address that is not assigned has no lease
 
 
 class RemoteName(NamedTuple):
@@ -204,7 +204,7 @@ class VirtualAddresses:
 
     def held(self, host: str) -> AbstractContextManager[None]:
         """`hold` as a context manager, for any address."""
-        return self._held(host) if host in self._hosts else _NOBODYS
+        return self._held(host) if host in self._hosts else _UNASSIGNED
 
     @contextmanager
     def _held(self, host: str) -> Iterator[None]:
