@@ -233,7 +233,7 @@ class _Attempt:
                 await exchange.go_on(handoff.to_client, _Failed(handoff.failure))
             raise handoff.failure
         self._to_client = handoff.to_client
-        if not handoff.asked:
+        if not handoff.request_sent:
             return await self._carry()
         if handoff.to_server:
             carrier.put(handoff.to_server)

@@ -384,7 +384,7 @@ class Handoff:
     lease: Lease | None = None
     since: float | None = None  # trio's time when it began, if known
     # the whole request has been sent, except `to_server`; False: the rest is in the exchange's body
-    asked: bool = True
+    request_sent: bool = True
     to_server: bytes = b""  # unsent bytes of the request
     to_client: bytes = b""  # unsent bytes of the response
     failure: Exception | None = None  # the error that has ended the exchange

@@ -9,23 +9,23 @@ MOST_DECLINED, REST = 4, 64
 
 
 class Eligibility:
-    """The state of one connection. `row`: exchanges that were declined since one last ended on the
-    fast path."""
+    """The state of one connection. `declined`: exchanges that were declined since one last ended on
+    the fast path."""
 
-    __slots__ = ("_resting", "row")
+    __slots__ = ("_resting", "declined")
 
     def __init__(self) -> None:
-        self.row = self._resting = 0
+        self.declined = self._resting = 0
 
-    def willing(self) -> bool:
+    def admit(self) -> bool:
         """Return whether to lend the connection now. Counts one exchange while it rests."""
         if self._resting:
             self._resting -= 1
             return False
         return True
 
-    def declined(self) -> None:
+    def record_decline(self) -> None:
         """Count one more exchange that the fast path could not finish."""
-        self.row += 1
-        if self.row >= MOST_DECLINED:
-            self.row, self._resting = 0, REST
+        self.declined += 1
+        if self.declined >= MOST_DECLINED:
+            self.declined, self._resting = 0, REST

@@ -98,7 +98,7 @@ class EventLoop(trio.abc.Instrument):
         self._runnable = False  # a task can run
         self._waited = False  # in this pass of trio, through the clock
 
-    def lends(self) -> None:
+    def add_lent(self) -> None:
         """Count one more connection or relay on a fast path. Its task runs the first steps
         itself."""
         self.lent += 1
@@ -118,7 +118,7 @@ class EventLoop(trio.abc.Instrument):
         else:
             self._epoll.register(descriptor, events)
 
-    def again(self, connection: Stepping) -> None:
+    def call_next(self, connection: Stepping) -> None:
         """Give `connection` another step in the next turn."""
         self._again.append(connection)
 

@@ -14,7 +14,7 @@ from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoop, enter, leave
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
-from proxy.fastpath.h2_exchange import begin
+from proxy.fastpath.h2_exchange import begin_exchange
 from proxy.fastpath.host import Carried, Connection, Host, Relay
 from proxy.fastpath.plan import Planner
 from proxy.net.relay import RelayState
@@ -41,7 +41,7 @@ class FastPath(Host):
         self._busy: set[Carried] = set()  # within an exchange
         self._relays: set[Relay] = set()
         # the watch task waits for it while no exchange is active
-        self._doze: trio.Event | None = None
+        self._wakeup: trio.Event | None = None
         self.running = False  # accepts connections
         self._finished = self._handed_over = 0  # exchanges since the last call of `counts`
 
@@ -82,7 +82,11 @@ class FastPath(Host):
 
     def fork(self, planner: Planner, server: Http2Server, exchange: Http2Exchange) -> bool:
         """Implements exchange.h2.server.Http2FastPath."""
-        return self.running and not server.drain.draining and begin(self, planner, server, exchange)
+        return (
+            self.running
+            and not server.drain.draining
+            and begin_exchange(self, planner, server, exchange)
+        )
 
     async def join(self, state: RelayState) -> None:
         """Implements net.relay.RelayFastPath."""
@@ -95,7 +99,7 @@ class FastPath(Host):
         ):
             fast_relay = FastRelay(self, state, client, server)
             self._relays.add(fast_relay)
-            event_loop.lends()
+            event_loop.add_lent()
             await fast_relay.carry()
 
     def counts(self) -> tuple[int, int]:
@@ -122,17 +126,17 @@ class FastPath(Host):
         if not self.running:
             return False
         self._connections.add(connection)
-        self.event_loop.lends()
-        if self._doze is not None:
-            self._doze.set()
+        self.event_loop.add_lent()
+        if self._wakeup is not None:
+            self._wakeup.set()
         return True
 
-    def released(self, connection: Connection) -> None:
+    def connection_left(self, connection: Connection) -> None:
         self._connections.discard(connection)
         self._busy.discard(connection)
         self.event_loop.lent -= 1
 
-    def parts(self, relay: Relay) -> None:
+    def relay_left(self, relay: Relay) -> None:
         """`relay` has left the fast path."""
         self._relays.discard(relay)
         self.event_loop.lent -= 1
@@ -142,19 +146,19 @@ class FastPath(Host):
         """The time in seconds that an exchange must have until its deadline."""
         return PATIENCE
 
-    def begins(self, carried: Carried) -> None:
+    def exchange_began(self, carried: Carried) -> None:
         """An exchange of `record_upstream` has begun."""
         self._busy.add(carried)
-        if self._doze is not None:
-            self._doze.set()
+        if self._wakeup is not None:
+            self._wakeup.set()
 
-    def rests(self, carried: Carried, *, finished: bool = True) -> None:
+    def exchange_left(self, carried: Carried, *, finished: bool = True) -> None:
         """The exchange of `record_upstream` is no longer on the fast path. `finished`: it ended
         here without an error."""
         self._busy.discard(carried)
         self._finished += finished
 
-    def hands_over(self) -> None:
+    def count_handoff(self) -> None:
         """Count one exchange that was handed over to the ordinary path."""
         self._handed_over += 1
 
@@ -168,15 +172,15 @@ class FastPath(Host):
         while True:
             now = trio.current_time()
             if now >= due:
-                due = now + min(self._give_back(now), self._expire(now))
+                due = now + min(self._return_idle(now), self._expire(now))
             if self._busy:
                 await trio.sleep(PATIENCE / 2)
                 self.give_up(trio.current_time() - PATIENCE)
             else:
-                self._doze = trio.Event()
+                self._wakeup = trio.Event()
                 with trio.move_on_at(due):
-                    await self._doze.wait()
-                self._doze = None
+                    await self._wakeup.wait()
+                self._wakeup = None
 
     def give_up(self, latest: float) -> None:
         """Hand over the exchanges that have not moved since `latest` (trio's time), and those whose
@@ -186,7 +190,7 @@ class FastPath(Host):
             if connection.moved <= latest or connection.limit <= soon:
                 connection.hand_over()
 
-    def _give_back(self, now: float) -> float:
+    def _return_idle(self, now: float) -> float:
         """Return the connections that have been idle for half of the idle timeout. Returns the
         seconds until the next check."""
         due = now + self._idle

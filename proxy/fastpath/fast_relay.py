@@ -29,10 +29,10 @@ class FastRelay:
         "_event_loop",
         "_fast_path",
         "_fault",
-        "_full",
+        "_full_reads",
         "_lent",
-        "_pipes",
         "_sides",
+        "_spliceable",
         "_state",
         "_task",
     )
@@ -52,8 +52,8 @@ class FastRelay:
             ReadySocket(fast_path.event_loop, server),
         )
         # both are plain TCP, so the kernel could splice them
-        self._pipes = self._sides[0].tls is None and self._sides[1].tls is None
-        self._full = [0, 0]  # by side: consecutive reads that filled the buffer
+        self._spliceable = self._sides[0].tls is None and self._sides[1].tls is None
+        self._full_reads = [0, 0]  # by side: consecutive reads that filled the buffer
         self._lent = False
         self._task: Task | None = None  # while it is suspended in `carry`
         self._fault: Exception | None = None
@@ -64,7 +64,7 @@ class FastRelay:
         self._lent, self._state.quiet_since = True, self._event_loop.now
         try:
             for side in (0, 1):
-                self._sides[side].belongs(partial(self._on, side))
+                self._sides[side].set_step(partial(self._on, side))
                 self._sides[side].watch(IN)
         # the user's limit of epoll watches is reached (epoll_ctl(2): ENOSPC); trio may still
         # succeed
@@ -81,21 +81,21 @@ class FastRelay:
             raise self._fault
 
     def _abort(self, _: RaiseCancelT) -> Abort:
-        self._let_go()
+        self._release()
         return Abort.SUCCEEDED
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._lent = False
         for side in self._sides:
             side.forget()
-        self._fast_path.parts(self)
+        self._fast_path.relay_left(self)
 
     def leave(self) -> None:
         """Return the relay to the ordinary path."""
         if not self._lent:
             return
         task, self._task = self._task, None
-        self._let_go()
+        self._release()
         if task is not None:
             reschedule(task)
 
@@ -134,15 +134,15 @@ class FastRelay:
     def _receive(self, side: int) -> None:
         state, source = self._state, self._sides[side]
         try:
-            data = source.take(state.share, bulk=self._full[side] > 0)
+            data = source.take(state.share, bulk=self._full_reads[side] > 0)
         except NetError as error:
             state.lost(side, error)
             self.leave()
             return
         if data:
-            self._full[side] = self._full[side] + 1 if len(data) >= RECEIVE_SIZE else 0
+            self._full_reads[side] = self._full_reads[side] + 1 if len(data) >= RECEIVE_SIZE else 0
             self._send(side, data)
-            if self._pipes and self._full[side] >= BULK and self._lent:
+            if self._spliceable and self._full_reads[side] >= BULK and self._lent:
                 self.leave()
         elif data is not None:
             state.ended(side)

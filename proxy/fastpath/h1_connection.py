@@ -1,12 +1,12 @@
 """One lent connection and its current exchange. The package docstring explains the design.
 
-    IDLE      between two exchanges: a request may arrive
-    ASKED     the request is sent or being sent: the response head may arrive
-    ANSWERED  the response head is sent or being sent: the rest of the body may arrive
+    IDLE        between two exchanges: a request may arrive
+    REQUESTED   the request is sent or being sent: the response head may arrive
+    RESPONDING  the response head is sent or being sent: the rest of the body may arrive
 
-    IDLE --take--> ASKED --answer--> ANSWERED --finish--> IDLE
+    IDLE --start_exchange--> REQUESTED --start_response--> RESPONDING --finish--> IDLE
     IDLE --give_back--> the ordinary path, between two exchanges
-    ASKED, ANSWERED --hand_over--> the ordinary path, within the exchange
+    REQUESTED, RESPONDING --hand_over--> the ordinary path, within the exchange
 
 The event loop calls a step when a socket is ready. A step does what it can without waiting, then
 returns. If a step meets a case that the fast path does not handle, it gives the connection back,
@@ -53,9 +53,27 @@ class FastConnection:
     `hand_over`. The fast path calls the rest."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_eligibility", "_endpoint", "_event_loop", "_exchange",
-        "_fast_path", "_fault", "_kept", "_lease", "_lent", "_planner", "_remaining", "_rest",
-        "_result", "_server", "_spare", "_task", "limit", "moved",
+        "_account",
+        "_buffered",
+        "_chunks",
+        "_client",
+        "_eligibility",
+        "_endpoint",
+        "_event_loop",
+        "_exchange",
+        "_fast_path",
+        "_fault",
+        "_lease",
+        "_lent",
+        "_planner",
+        "_read_ahead",
+        "_remaining",
+        "_result",
+        "_server",
+        "_surplus",
+        "_task",
+        "limit",
+        "moved",
     )  # fmt: skip
 
     def __init__(
@@ -67,13 +85,13 @@ class FastConnection:
         self._event_loop = fast_path.event_loop
         self._client = ReadySocket(fast_path.event_loop, stream)
         # unsent bytes to the client, and bytes that it sent ahead
-        self._kept = Charge(server.facts.share)
+        self._buffered = Charge(server.facts.share)
         self._lent = False
         self._task: Task | None = None  # the connection's task, while it is suspended in `carry`
         # an exchange that the ordinary path has to continue
         self._result: Http1Exchange | None = None
         self._fault: Exception | None = None
-        self._rest = b""  # bytes that were read after the current exchange
+        self._read_ahead = b""  # bytes that were read after the current exchange
         self._eligibility = Eligibility()
         self.moved = 0.0  # trio's time at the last step of an exchange
         self.limit = inf  # trio's time when the exchange must have ended
@@ -83,10 +101,10 @@ class FastConnection:
         self._endpoint: ReadySocket | None = None
         self._remaining = 0  # bytes of the response body still to be read; chunked: 1 until the end
         self._chunks: ChunkedTranscoder | None = None
-        self._spare = False  # the server has sent bytes after its response
+        self._surplus = False  # the server has sent bytes after its response
 
     def busy(self) -> bool:
-        return self._exchange is not None or bool(self._rest)
+        return self._exchange is not None or bool(self._read_ahead)
 
     def due(self) -> float:
         """Return the time (trio's) when the idle connection goes back to the ordinary path: after
@@ -98,15 +116,15 @@ class FastConnection:
         account of the exchange closes as cancelled."""
         server = self._server
         ended = server.leaving or server.client_ended
-        if ended or not self._eligibility.willing() or not self._fast_path.lend(self):
+        if ended or not self._eligibility.admit() or not self._fast_path.lend(self):
             return None
         self._lent, server.on_client_end = True, self.leave
-        self._client.belongs(self._on_client)
+        self._client.set_step(self._on_client)
         self._client.watch(IN)
         connection = server.connection
         # the fast path handles HTTP/1.1 only; the last request may have been another version
         connection.peer_version = b"1.1"
-        self._rest = connection.take_rest()
+        self._read_ahead = connection.take_rest()
         self.next()
         try:
             if self._is_lent():  # False if `next` has already given the connection back
@@ -125,7 +143,7 @@ class FastConnection:
         return self._lent
 
     def _abort(self, _: RaiseCancelT) -> Abort:
-        self._let_go()
+        self._release()
         return Abort.SUCCEEDED
 
     def _drop(self, error: BaseException) -> None:
@@ -137,24 +155,24 @@ class FastConnection:
                 lease.plan.end(exchange)
             self._forget_exchange()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._lent, self._server.on_client_end = False, None
-        self._kept.become(0)  # the ordinary path charges its own buffers
+        self._buffered.become(0)  # the ordinary path charges its own buffers
         self._client.forget()
         if self._endpoint is not None:
             self._endpoint.forget()
-        self._fast_path.released(self)
+        self._fast_path.connection_left(self)
 
     def _wake(self, handoff: Http1Exchange | None = None) -> None:
         task, self._task, self._result = self._task, None, handoff
-        self._let_go()
+        self._release()
         if task is not None:
             reschedule(task)
 
     def give_back(self, data: bytes = b"") -> None:
         """Give the connection back between two exchanges. `data`: bytes of the next request that
         were read."""
-        self._eligibility.declined()
+        self._eligibility.record_decline()
         if data:
             self._server.connection.receive_data(data)
         self._wake()
@@ -171,7 +189,7 @@ class FastConnection:
         if self._exchange is not None:
             self.hand_over()
         else:
-            self.give_back(self._rest)
+            self.give_back(self._read_ahead)
 
     def hand_over(self, data: bytes = b"", failure: Exception | None = None) -> None:
         """Hand the current exchange over. `data`: bytes from the server that were not parsed.
@@ -184,8 +202,8 @@ class FastConnection:
         )
         if exchange is None or account is None or lease is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
-        self._fast_path.hands_over()
-        self._eligibility.declined()
+        self._fast_path.count_handoff()
+        self._eligibility.record_decline()
         http = self._server.connection
         exchange.handoff = hand_off(
             http,
@@ -195,16 +213,16 @@ class FastConnection:
             (endpoint.unsent, self._client.unsent, data),
         )
         exchange.handoff.failure = failure
-        http.receive_data_if(self._rest)
+        http.receive_data_if(self._read_ahead)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is already open
         self._wake(exchange)
         self._forget_exchange()
 
-    def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
+    def _hand_over_unsent(self, exchange: Http1Exchange, rest: bytes) -> None:
         """Give the connection back with a request for which decisions have been made, but nothing
         was sent."""
-        self._eligibility.declined()
+        self._eligibility.record_decline()
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
@@ -217,8 +235,8 @@ class FastConnection:
 
     def _forget_exchange(self) -> None:
         self._exchange = self._account = self._lease = self._endpoint = self._chunks = None
-        self._client.unsent = self._rest = b""
-        self._spare = False
+        self._client.unsent = self._read_ahead = b""
+        self._surplus = False
 
     # The steps...
 
@@ -229,7 +247,7 @@ class FastConnection:
             if self._exchange is None:
                 # otherwise an exchange ended in this turn, and `next` will process the bytes read
                 # ahead
-                if not self._rest:
+                if not self._read_ahead:
                     self._receive()
             elif self._client.unsent:
                 self.moved = self._event_loop.now
@@ -243,17 +261,17 @@ class FastConnection:
 
     def _on_server(self, _: int) -> None:
         try:
-            self._respond()
+            self._receive_response()
         except Exception as error:
             self.fail(error)
 
     def next(self) -> None:
         """Process the bytes that were read after the last exchange."""
-        if not self._lent or self._exchange is not None or not self._rest:
+        if not self._lent or self._exchange is not None or not self._read_ahead:
             return  # it was given back in the meantime
-        data, self._rest = self._rest, b""
+        data, self._read_ahead = self._read_ahead, b""
         try:
-            self._take(data)
+            self._start_exchange(data)
         except Exception as error:
             self.fail(error)
 
@@ -263,11 +281,11 @@ class FastConnection:
         except NetError:
             data = b""
         if data:
-            self._take(data)
+            self._start_exchange(data)
         elif data is not None:  # the end or an error: the ordinary path will see it again
             self._wake()
 
-    def _take(self, data: bytes) -> None:
+    def _start_exchange(self, data: bytes) -> None:
         """IDLE: process a request, which usually arrives whole."""
         server = self._server
         end = data.find(b"\r\n\r\n") + 4
@@ -290,7 +308,7 @@ class FastConnection:
         lease = self._planner.take(exchange, now)
         if lease is None:
             if exchange.handoff is not None:
-                self._pass_over(exchange, rest)
+                self._hand_over_unsent(exchange, rest)
             else:
                 self.give_back(data)
             return
@@ -299,19 +317,19 @@ class FastConnection:
         if lease.plan is not None:
             lease.plan.begin(exchange)
         self._exchange, self._account, self._lease = exchange, account, lease
-        self._rest = rest
-        if rest or self._kept.size:
-            self._kept.become(len(rest))
+        self._read_ahead = rest
+        if rest or self._buffered.size:
+            self._buffered.become(len(rest))
         self._remaining = 0
         self._endpoint = endpoint = ready_socket_of(lease.upstream, self._event_loop)
-        endpoint.belongs(self._on_server)
+        endpoint.set_step(self._on_server)
         exchange.record_upstream_address(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
         self.moved, self.limit = now, lease.limit
-        self._fast_path.begins(self)
-        self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
+        self._fast_path.exchange_began(self)
+        self._send_request(endpoint, encode_request(forwarded_request(exchange)) + body)
 
-    def _ask(self, endpoint: ReadySocket, data: bytes) -> None:
+    def _send_request(self, endpoint: ReadySocket, data: bytes) -> None:
         try:
             # the first send: the connection was just found quiet
             sent = endpoint.send(data, sound=not endpoint.unsent)
@@ -324,14 +342,14 @@ class FastConnection:
         endpoint.unsent = data[sent:]
         endpoint.watch(IN | OUT if endpoint.unsent else IN)
 
-    def _respond(self) -> None:
-        """ASKED or ANSWERED: the server's socket is ready."""
+    def _receive_response(self) -> None:
+        """REQUESTED or RESPONDING: the server's socket is ready."""
         exchange, endpoint = self._exchange, self._endpoint
         if exchange is None or endpoint is None:
             return
         self.moved = self._event_loop.now
         if endpoint.unsent:
-            self._ask(endpoint, endpoint.unsent)
+            self._send_request(endpoint, endpoint.unsent)
             return
         try:
             # Chunks cost work per chunk. With small chunks, a larger read would make one step too
@@ -347,12 +365,12 @@ class FastConnection:
         if not data:
             self.hand_over()  # the end or an error: the ordinary path will see it again
         elif exchange.response is None:
-            self._answer(exchange, data)
+            self._start_response(exchange, data)
         else:
-            self._pass_on(exchange, b"", data)
+            self._forward_body(exchange, b"", data)
 
-    def _answer(self, exchange: Http1Exchange, data: bytes) -> None:
-        """ASKED: process the response head, and the part of the body that arrived with it."""
+    def _start_response(self, exchange: Http1Exchange, data: bytes) -> None:
+        """REQUESTED: process the response head, and the part of the body that arrived with it."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
         plan = self._lease.plan if self._lease is not None else None
@@ -378,17 +396,17 @@ class FastConnection:
             exchange.answer_as_is(head)
         self._chunks = chunks
         self._remaining = length if isinstance(length, int) else 1
-        self._pass_on(exchange, encode_response(head), data[end:])
+        self._forward_body(exchange, encode_response(head), data[end:])
 
-    def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
-        """ANSWERED: pass on `head`, if it was not sent yet, and `body`, which was read from the
+    def _forward_body(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
+        """RESPONDING: pass on `head`, if it was not sent yet, and `body`, which was read from the
         server."""
         chunks = self._chunks
         if chunks is not None:
-            if not head:  # `_answer` has already passed the first chunks to the reader
+            if not head:  # `_start_response` has already passed the first chunks to the reader
                 chunks.pass_on(body)
             exchange.response_bytes += chunks.size
-            body, self._spare = chunks.out, chunks.ended and bool(chunks.left)
+            body, self._surplus = chunks.out, chunks.ended and bool(chunks.left)
             if chunks.error is not None:
                 self._client.unsent = head + body
                 self.hand_over(failure=unreadable(chunks.error))
@@ -398,7 +416,7 @@ class FastConnection:
                 return  # only part of a framing line has arrived
         else:
             if len(body) > self._remaining:
-                body, self._spare = body[: self._remaining], True
+                body, self._surplus = body[: self._remaining], True
             self._remaining -= len(body)
             exchange.response_bytes += len(body)
         # `sound`: before the response, nothing useful can be pending from the client
@@ -417,43 +435,43 @@ class FastConnection:
             return
         if sent < len(data):
             client.unsent = data[sent:]
-            self._kept.become(len(client.unsent) + len(self._rest))
+            self._buffered.become(len(client.unsent) + len(self._read_ahead))
             client.watch(OUT)
             if self._endpoint is not None:
                 self._endpoint.watch(0)  # backpressure: stop reading from the server
             return
         client.unsent = b""
-        if self._kept.size:
-            self._kept.become(len(self._rest))
+        if self._buffered.size:
+            self._buffered.become(len(self._read_ahead))
         if not self._remaining:
             self._finish()
         elif self._endpoint is not None:
             self._endpoint.watch(IN)
 
     def _finish(self) -> None:
-        """ANSWERED: the whole response has been sent to the client."""
+        """RESPONDING: the whole response has been sent to the client."""
         exchange, account, lease = self._exchange, self._account, self._lease
-        endpoint, rest = self._endpoint, self._rest
+        endpoint, rest = self._endpoint, self._read_ahead
         if exchange is None or account is None or lease is None or endpoint is None:
             return
-        endpoint.rest()
+        endpoint.park()
         account.__exit__(None, None, None)
-        if self._spare:
+        if self._surplus:
             lease.end(usable=False)
         else:
             lease.done(self._event_loop.now)
         if lease.plan is not None:
             lease.plan.end(exchange)
         self._forget_exchange()
-        self._eligibility.row = 0
+        self._eligibility.declined = 0
         server = self._server
         server.served = True
         server.idle_since = self._event_loop.now
-        self._fast_path.rests(self)
+        self._fast_path.exchange_left(self)
         if server.leaving:
             self.give_back(rest)
             return
         self._client.watch(IN)
         if rest:
-            self._rest = rest
-            self._event_loop.again(self)
+            self._read_ahead = rest
+            self._event_loop.call_next(self)

@@ -6,8 +6,8 @@ and call this module after each read. It passes the data on in both directions, 
 not have to wait. It has no buffer: what it has not passed on stays in the stream, where the
 ordinary path will find it.
 
-    ASKED     the request head is sent: the request body and the response head may arrive
-    ANSWERED  the response head is sent: both bodies may continue
+    REQUESTED   the request head is sent: the request body and the response head may arrive
+    RESPONDING  the response head is sent: both bodies may continue
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _log = logging.getLogger("isthmus.exchange")
 _UNOPENED = nullcontext()
 
 
-def begin(fast_path: Host, planner: Planner, server: Http2Server, exchange: Http2Exchange) -> bool:
+def begin_exchange(
+    fast_path: Host, planner: Planner, server: Http2Server, exchange: Http2Exchange
+) -> bool:
     """Implements exchange.h2.server.Http2FastPath."""
     request = exchange.request
     method = request.method
@@ -72,12 +74,12 @@ class FastExchange:
 
     __slots__ = (
         "_account",
-        "_asked",
         "_client",
         "_endpoint",
         "_exchange",
         "_fast_path",
         "_lease",
+        "_request_sent",
         "_server",
         "began",
         "limit",
@@ -95,7 +97,7 @@ class FastExchange:
         # replaced when the stream to the endpoint is open
         self._endpoint: Http2Stream = exchange.stream
         self._account: AbstractContextManager[object] = _UNOPENED
-        self._asked = False  # the whole request has been sent
+        self._request_sent = False  # the whole request has been sent
         self.began = 0.0  # trio's time
         self.moved = 0.0  # trio's time when data was last passed on
         self.limit = inf  # trio's time by which the exchange must have ended
@@ -106,34 +108,34 @@ class FastExchange:
             account = planner.account(self._exchange)
             account.__enter__()
             self._account = account
-            self._set_out()
+            self._open_stream()
         except HeadTooLarge:  # nothing has been sent; the ordinary path reports the error
             self._end_lease()
-            self._give(Handoff())
+            self._hand_off(Handoff())
         except Exception as error:  # error boundary, as in `_on_client`
             self._fail(error)
 
-    def _set_out(self) -> None:
+    def _open_stream(self) -> None:
         exchange, lease, client = self._exchange, self._lease, self._client
         if lease.plan is not None:
             lease.plan.begin(exchange)
         exchange.record_upstream(lease.mux.stream)
-        self._asked = exchange.body.length == 0
-        self._endpoint = endpoint = lease.open(exchange, end=self._asked)
+        self._request_sent = exchange.body.length == 0
+        self._endpoint = endpoint = lease.open(exchange, end=self._request_sent)
         client.on_events, endpoint.on_events = self._on_client, self._on_endpoint
         # If the client has reset the stream, the ordinary path sees a cancelled exchange and cleans
         # up.
         client.on_lost = endpoint.on_lost = self.hand_over
-        self._fast_path.begins(self)
-        if not self._asked:
-            self._ask()  # the part of the body that arrived with the head
+        self._fast_path.exchange_began(self)
+        if not self._request_sent:
+            self._forward_request()  # the part of the body that arrived with the head
 
     # Called by the readers...
 
     def _on_client(self) -> None:
         """More of the request has arrived."""
         try:
-            self._ask()
+            self._forward_request()
         except HeadTooLarge as error:
             self.hand_over(oversized(error))
         except Exception as error:  # error boundary: a bug in one stream must not affect the others
@@ -142,7 +144,7 @@ class FastExchange:
     def _on_endpoint(self) -> None:
         """More of the response has arrived."""
         try:
-            self._answer()
+            self._forward_response()
         except HeadTooLarge as error:
             self.hand_over(too_large(error))
         except Exception as error:
@@ -150,10 +152,10 @@ class FastExchange:
 
     # The steps...
 
-    def _ask(self) -> None:
+    def _forward_request(self) -> None:
         """Pass on the request body that has arrived, if the endpoint accepts it."""
         exchange, client, endpoint = self._exchange, self._client, self._endpoint
-        while not self._asked:
+        while not self._request_sent:
             if not endpoint.takes(client.next_size):
                 self.hand_over()
                 return
@@ -162,17 +164,17 @@ class FastExchange:
                 return
             self.moved = client.mux.last_read
             if isinstance(piece, EndOfMessage):
-                self._asked = True
+                self._request_sent = True
                 if len(piece.trailers):
                     endpoint.send_trailers(piece.trailers)
                 else:
                     endpoint.put(b"", end=True)
             else:
-                self._asked = client.empty
+                self._request_sent = client.empty
                 exchange.request_bytes += len(piece)
-                endpoint.put(piece, end=self._asked)
+                endpoint.put(piece, end=self._request_sent)
 
-    def _answer(self) -> None:
+    def _forward_response(self) -> None:
         exchange, client, endpoint = self._exchange, self._client, self._endpoint
         if exchange.response is None:
             head = endpoint.next_head
@@ -188,7 +190,7 @@ class FastExchange:
                 return
             if self._send_head(exchange, client, endpoint, head):
                 return
-        self._pass_on(exchange, client, endpoint)
+        self._forward_body(exchange, client, endpoint)
 
     def _send_head(
         self,
@@ -213,7 +215,9 @@ class FastExchange:
             self._end(None)
         return ended
 
-    def _pass_on(self, exchange: Http2Exchange, client: Http2Stream, endpoint: Http2Stream) -> None:
+    def _forward_body(
+        self, exchange: Http2Exchange, client: Http2Stream, endpoint: Http2Stream
+    ) -> None:
         """Pass on the response body that has arrived, if the client accepts it."""
         while True:
             if not client.takes(endpoint.next_size):
@@ -255,7 +259,7 @@ class FastExchange:
         self._end_lease()
         self._account.__exit__(kind, None, None)
         self._client.close()
-        self._fast_path.rests(self, finished=kind is None)
+        self._fast_path.exchange_left(self, finished=kind is None)
 
     def _fail(self, error: Exception) -> None:
         """Internal error: reset the stream, as the ordinary path does."""
@@ -266,12 +270,12 @@ class FastExchange:
     def hand_over(self, failure: Exception | None = None) -> None:
         """Let the ordinary path continue the exchange, or report `failure`."""
         plan, lease = self._lease.plan, self._lease
-        self._give(Handoff(plan, lease, self.began, self._asked, failure=failure))
+        self._hand_off(Handoff(plan, lease, self.began, self._request_sent, failure=failure))
 
-    def _give(self, handoff: Handoff) -> None:
+    def _hand_off(self, handoff: Handoff) -> None:
         self._forget_streams()
-        self._fast_path.rests(self, finished=False)
-        self._fast_path.hands_over()
+        self._fast_path.exchange_left(self, finished=False)
+        self._fast_path.count_handoff()
         exchange = self._exchange
         exchange.account = ExitStack()
         exchange.account.push(self._account)  # it is already open

@@ -62,16 +62,16 @@ class Host(ABC):
         """The time in seconds that an exchange must have until its deadline."""
 
     @abstractmethod
-    def begins(self, carried: Carried) -> None:
+    def exchange_began(self, carried: Carried) -> None:
         """An exchange of `record_upstream` has begun."""
 
     @abstractmethod
-    def rests(self, carried: Carried, *, finished: bool = True) -> None:
+    def exchange_left(self, carried: Carried, *, finished: bool = True) -> None:
         """The exchange of `record_upstream` is no longer here. `finished`: it ended here without an
         error."""
 
     @abstractmethod
-    def hands_over(self) -> None:
+    def count_handoff(self) -> None:
         """Count one exchange that was handed over."""
 
     @abstractmethod
@@ -79,9 +79,9 @@ class Host(ABC):
         """`connection` is lent from now on. False: the fast path accepts nothing."""
 
     @abstractmethod
-    def released(self, connection: Connection) -> None:
+    def connection_left(self, connection: Connection) -> None:
         """`connection` is back at its server."""
 
     @abstractmethod
-    def parts(self, relay: Relay) -> None:
+    def relay_left(self, relay: Relay) -> None:
         """`relay` has left the fast path."""

@@ -62,7 +62,7 @@ class ConnectionLease(Generic[K_co]):
         self.plan: ExchangePlan | None = None
         self.limit = inf
 
-    def unused(self) -> None:
+    def cancel(self) -> None:
         """Return the connection to the pool; nothing was sent on it."""
         self._pool.restore(self._key, self.upstream, self.upstream.idle_since)
 

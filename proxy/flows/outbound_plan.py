@@ -148,7 +148,7 @@ class OutboundPlan:
             self._decline(exchange, endpoint)
             return None
         if not self._start(exchange, target, endpoint):
-            lease.unused()
+            lease.cancel()
             return None
         lease.plan, lease.limit = self, self._limit()
         return lease

@@ -53,12 +53,12 @@ async def resting(
     ours, theirs = await MESH.connect(pair()) if tls else pair()
     async with running_loop() as event_loop:
         side = ReadySocket(event_loop, ours)
-        side.belongs(lambda _: None)
+        side.set_step(lambda _: None)
         side.watch(IN)
         if spoken:
             await theirs.send_all(b"a response")
             assert await ours.receive_some() == b"a response"
-        side.rest()
+        side.park()
         with ends() as (here, there):
             yield side, theirs, Turn(event_loop, side, here, there)
             event_loop.watch(here.fileno(), IN, 0)
@@ -92,7 +92,7 @@ async def test_one_that_has_been_sent_tickets_is_asked_and_found_idle() -> None:
             assert not await turn.quiet()
             assert side.stream.is_idle()  # which takes them in
         side.watch(IN)
-        side.rest()
+        side.park()
         assert await turn.quiet()
 
 
@@ -102,7 +102,7 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
         assert side.receive() == b"more"
         assert not await turn.quiet()
         side.watch(IN)
-        side.rest()
+        side.park()
         assert await turn.quiet()
 
 
@@ -112,9 +112,9 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str
     ours, theirs = await MESH.connect(pair())
     async with running_loop() as event_loop:
         side = ReadySocket(event_loop, ours)
-        side.belongs(lambda _: None)
+        side.set_step(lambda _: None)
         side.watch(IN)
-        side.rest()
+        side.park()
         assert side.descriptor in event_loop.steps
         if fast_path == "runs":
             side.forget()
@@ -139,6 +139,6 @@ async def test_one_whose_end_came_with_what_was_read_last_is_asked() -> None:
         await theirs.send_eof()
         assert len(side.receive(65536) or b"") == 16384
         side.watch(IN)
-        side.rest()
+        side.park()
         assert not await turn.quiet()
         assert not side.stream.is_idle()

@@ -22,7 +22,14 @@ BAD: list[Pair] = [*POST[:3], (b":path", b"/bad")]
 ON_BOTH = [pytest.param(fast, id="fast" if fast else "ordinary") for fast in (True, False)]
 
 
-STEPS = ["account", "_set_out", "_ask", "_answer", "_send_head", "_pass_on"]
+STEPS = [
+    "account",
+    "_open_stream",
+    "_forward_request",
+    "_forward_response",
+    "_send_head",
+    "_forward_body",
+]
 
 
 @pytest.mark.parametrize("where", [*STEPS, pytest.param("open", marks=interpreted)])
