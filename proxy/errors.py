@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from proxy.net.connection_slots import NoRoom
+from proxy.net.connection_slots import ListenerFull
 from proxy.net.exceptions import ConnectFailed, ConnectionLost, NetError, TLSFailed
 from proxy.wire.messages import Headers, ProtocolError
 
@@ -79,7 +79,7 @@ class TunnelRefused(IsthmusError):
     """A gateway refused to open the requested tunnel."""
 
 
-class AllBroken(IsthmusError):
+class AllCircuitsOpen(IsthmusError):
     """The service has endpoints, but the circuit breakers of all of them are open, and no trial is
     due yet."""
 
@@ -114,7 +114,7 @@ class UpstreamClosed(IsthmusError):
     """The server closed the connection before its response was complete."""
 
 
-class UpstreamLeft(UpstreamClosed):
+class UpstreamGoaway(UpstreamClosed):
     """The server announced that it would close the connection (GOAWAY), and closed it before its
     response was complete."""
 
@@ -181,7 +181,7 @@ TABLE: dict[type[BaseException], Answer] = {
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
     DirectoryUnavailable: Answer(503, 14, "destination_unavailable", "directory_unavailable"),
-    AllBroken: Answer(503, 14, "destination_unavailable", "all_broken"),
+    AllCircuitsOpen: Answer(503, 14, "destination_unavailable", "circuit_open"),
     QueueFull: Answer(503, 8, "connection_limit_reached", "queue_full"),
     DeadlineExceeded: Answer(504, 4, "http_response_timeout", "deadline_exceeded"),
     NotExported: Answer(404, 5, "destination_not_found", "not_exported"),
@@ -190,12 +190,12 @@ TABLE: dict[type[BaseException], Answer] = {
     MemoryShort: Answer(503, 8, "connection_limit_reached", "memory_short"),
     UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
     UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
-    UpstreamLeft: Answer(502, 14, "connection_terminated", "upstream_left"),
+    UpstreamGoaway: Answer(502, 14, "connection_terminated", "upstream_goaway"),
     UpstreamReset: Answer(502, 14, "http_response_incomplete", "upstream_reset"),
     UpgradeFailed: Answer(501, 12, "http_upgrade_failed", "upgrade_failed"),
     UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),
     ProtocolError: Answer(400, 13, "http_request_error", "bad_request"),
-    NoRoom: Answer(503, 8, "connection_limit_reached", "no_room"),
+    ListenerFull: Answer(503, 8, "connection_limit_reached", "listener_full"),
     ConnectionLost: Answer(502, 14, "connection_terminated", "connection_lost"),
     NetError: Answer(502, 14, "connection_terminated", "connection_lost"),
 }
@@ -231,7 +231,7 @@ UNDELIVERED = {
         *_TLS.values(),
         _TLS_OTHER,
         TABLE[NoEndpoint],
-        TABLE[AllBroken],
+        TABLE[AllCircuitsOpen],
     )
 }
 BROKEN = frozenset(TABLE[kind].reason for kind in (UpstreamClosed, UpstreamReset, ConnectionLost))

@@ -30,14 +30,14 @@ from proxy.errors import (
     RequestError,
     UpgradeFailed,
     UpstreamClosed,
-    UpstreamLeft,
+    UpstreamGoaway,
     UpstreamProtocolError,
     UpstreamReset,
 )
 from proxy.exchange.h1.pool import Upstream
 from proxy.exchange.h2.body import Tunnel, body_length
 from proxy.exchange.h2.connection import MultiplexedConnection
-from proxy.exchange.h2.stream import ConnectionLeft, Http2Stream, StreamLost
+from proxy.exchange.h2.stream import ConnectionGoaway, Http2Stream, StreamLost
 from proxy.exchange.prefixed_stream import READ_SIZE, PrefixedStream
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.memory_budget import UNCOUNTED, Share
@@ -408,8 +408,8 @@ class Http2Carrier(Carrier):
             return UpstreamProtocolError(str(error))
         if error.reset:
             return UpstreamReset(str(error), error.code)
-        if isinstance(error, ConnectionLeft):
-            return UpstreamLeft(str(error))
+        if isinstance(error, ConnectionGoaway):
+            return UpstreamGoaway(str(error))
         return UpstreamClosed(
             f"the connection broke: {error}" if self._mux.broken is not None else str(error)
         )

@@ -29,7 +29,7 @@ import trio
 from trio.lowlevel import checkpoint, notify_closing, wait_readable
 
 from proxy.net.address import Address
-from proxy.net.connection_slots import Bounds, NoRoom, Slot, Slots
+from proxy.net.connection_slots import Bounds, ListenerFull, Slot, Slots
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.socket_stream import SocketStream
 
@@ -287,7 +287,7 @@ class Acceptor:
         self.accepted += 1
         try:
             slot = self.slots.take(str(client[0]))
-        except NoRoom:
+        except ListenerFull:
             sock.close()
         else:
             connections.start_soon(self._run, sock, slot)

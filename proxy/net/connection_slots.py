@@ -62,7 +62,7 @@ Refusal = Literal["full", "reserved", "source"]
 Kind = Literal["silent", "handshake", "plain", "member", "gone"]
 
 
-class NoRoom(NetError):
+class ListenerFull(NetError):
     """There is no slot for a connection, and none can be freed."""
 
 
@@ -125,7 +125,8 @@ class Slot:
             self._slots.move(self, "handshake")
 
     def settle(self, *, member: bool) -> None:
-        """Report that the peer is known. Raises NoRoom; then the caller must end the connection."""
+        """Report that the peer is known. Raises ListenerFull; then the caller must end the
+        connection."""
         if self.kind in ("silent", "handshake"):
             self._slots.settle(self, member=member)
 
@@ -199,7 +200,7 @@ class Slots:
     def take(self, source: str) -> Slot:
         """Return a slot for a connection from this address.
 
-        Call `make_room` first. Raises NoRoom.
+        Call `make_room` first. Raises ListenerFull.
         """
         bounds = self.bounds
         if bounds.per_source:
@@ -229,7 +230,7 @@ class Slots:
     def settle(self, slot: Slot, *, member: bool) -> None:
         """See Slot.settle. For Slot only."""
         if slot.evicted:
-            raise NoRoom("the connection was ended to make room for others")
+            raise ListenerFull("the connection was ended to make room for others")
         bounds = self.bounds
         if member:
             if self.known >= bounds.total and not self._room_for_member():
@@ -274,7 +275,7 @@ class Slots:
         return slot is not None
 
     def _limit_source(self, source: str) -> None:
-        """Make room for one more connection of this address. Raises NoRoom."""
+        """Make room for one more connection of this address. Raises ListenerFull."""
         own = self._sources.get(source, ())
         if len(own) < self.bounds.per_source:
             return
@@ -296,9 +297,9 @@ class Slots:
         if slot.stream is not None:
             slot.stream.fail(ConnectionLost("ended to make room for others", "evicted"))
 
-    def _refused(self, reason: Refusal, source: str) -> NoRoom:
+    def _refused(self, reason: Refusal, source: str) -> ListenerFull:
         self.on_refuse(reason, source)
-        return NoRoom(f"the listener has no room for the connection from {source} ({reason})")
+        return ListenerFull(f"the listener has no room for the connection from {source} ({reason})")
 
     def _drop(self, slot: Slot) -> None:
         del self._of[slot.kind][slot]

@@ -30,7 +30,7 @@ from proxy.balancing.circuit_breaker import Failure, State
 from proxy.balancing.endpoint_set import ActiveRequest, Change, EndpointSet
 from proxy.directory import Endpoint, Target
 from proxy.errors import (
-    AllBroken,
+    AllCircuitsOpen,
     NoEndpoint,
     QueueFull,
     TunnelRefused,
@@ -89,7 +89,7 @@ class Dispatcher:
         """Send `exchange` with `send` to an endpoint of the target that `choose` returns. Repeats
         this as often as necessary and as the policy allows. `begun`: an attempt of the fast path,
         which continues. `first`: the endpoint to try first, if it is still usable. Raises
-        NoEndpoint, AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
+        NoEndpoint, AllCircuitsOpen, QueueFull, RequestError, and what `choose` and `send` raise."""
         target = choose(exchange) if begun is None else begun.target
         if target.service is None:
             await send(exchange, target, _only(target) if begun is None else begun.endpoint)
@@ -180,8 +180,8 @@ class Dispatcher:
     def connection(self, choose: Callable[[], Target], connect: Connect) -> Connected:
         """A context manager: a stream to an endpoint of the target that `choose` returns, opened by
         `connect`. Tries another endpoint if a connection fails. The caller must close the stream
-        within the block. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` and `connect`
-        raise."""
+        within the block. Raises NoEndpoint, AllCircuitsOpen, QueueFull, and what `choose` and
+        `connect` raise."""
         return Connected(self, choose, connect)
 
     async def connected(
@@ -287,7 +287,7 @@ async def _wait(patience: EndpointWait, failure: Exception | None) -> Found:
     if there is one, because it tells the client more."""
     try:
         return await patience.wait()
-    except (AllBroken, NoEndpoint, QueueFull):
+    except (AllCircuitsOpen, NoEndpoint, QueueFull):
         if failure is None:
             raise
     raise failure

@@ -4,13 +4,13 @@ Requests and connections wait in the queue of the service (balancing/wait_queue.
 is sent to an endpoint as soon as a trial is allowed. The outcome of the others depends on how long
 they have waited, and on whether a trial has failed since:
 
-    the service has no ready endpoint                      NoEndpoint, at once
-    no trial is due within the timeout                     AllBroken, at once
-    the queue is full                                      QueueFull, at once
-    the outage is short                                    AllBroken, after the first failed trial
-                                                           that follows the timeout
-    the outage is long: penalties exceed the timeout       AllBroken, after the first failed trial
-    mutual TLS with all endpoints fails                    AllBroken, after the first failed trial
+    the service has no ready endpoint              NoEndpoint, at once
+    no trial is due within the timeout             AllCircuitsOpen, at once
+    the queue is full                              QueueFull, at once
+    the outage is short                            AllCircuitsOpen, after the first failed trial
+                                                   that follows the timeout
+    the outage is longer than the timeout          AllCircuitsOpen, after the first failed trial
+    mutual TLS with all endpoints fails            AllCircuitsOpen, after the first failed trial
 
 So a trial from before the service recovered never fails a request. Without this rule, requests
 failed whose timeout ended between the recovery and the next trial, and so did all requests in that
@@ -26,7 +26,7 @@ import trio
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.endpoint_set import EndpointSet
 from proxy.directory import Endpoint, Target
-from proxy.errors import AllBroken, NoEndpoint, QueueFull
+from proxy.errors import AllCircuitsOpen, NoEndpoint, QueueFull
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
 
 # Minimum time (seconds) before a queue checks again, whatever the reason for the wait.
@@ -55,8 +55,8 @@ class EndpointWait:
         self._fail_at = inf  # fail at this time in any case
 
     async def wait(self) -> Found:
-        """Wait until an endpoint may be tried. Raises NoEndpoint, AllBroken, QueueFull, and what
-        `choose` raises."""
+        """Wait until an endpoint may be tried. Raises NoEndpoint, AllCircuitsOpen, QueueFull, and
+        what `choose` raises."""
         target = self._choose()
         endpoint_set, rules = self._endpoint_set(target), target.policy.queue
         self._check(endpoint_set, target)
@@ -91,7 +91,7 @@ class EndpointWait:
         return until if until is not None and until > trio.current_time() else self._fail_at
 
     def _check(self, endpoint_set: EndpointSet, target: Target) -> None:
-        """Raises NoEndpoint or AllBroken if it makes no sense to wait any longer."""
+        """Raises NoEndpoint or AllCircuitsOpen if it makes no sense to wait any longer."""
         if not any(endpoint.ready for endpoint in target.endpoints):
             raise NoEndpoint(
                 f"none of the {len(target.endpoints)} endpoints of"
@@ -114,17 +114,19 @@ class EndpointWait:
             )
             self._fail_at = trial + _TRIAL if trial <= now + timeout else now
         if now >= self._fail_at or (not usable and endpoint_set.last_failed_trial(target) > until):
-            raise AllBroken(f"{self._broken(target)}, and none became usable within {timeout:g} s")
+            raise AllCircuitsOpen(
+                f"{self._broken(target)}, and none became usable within {timeout:g} s"
+            )
 
     def _begin(self, endpoint_set: EndpointSet, target: Target, now: float) -> float:
-        """Start the wait. Returns the time until which it is patient. Raises AllBroken if no trial
-        is due within the timeout."""
+        """Start the wait. Returns the time until which it is patient. Raises AllCircuitsOpen if no
+        trial is due within the timeout."""
         latest = now + target.policy.queue.timeout
         if endpoint_set.usable(target):
             self._patient_until = latest
             return latest
         if endpoint_set.next_probe(target) > latest and not endpoint_set.trial_in_progress(target):
-            raise AllBroken(
+            raise AllCircuitsOpen(
                 f"{self._broken(target)}; the next trial is in"
                 f" {endpoint_set.next_probe(target) - now:.1f} s"
             )

@@ -42,7 +42,7 @@ from proxy.errors import (
     ResponseTooLarge,
     Undelivered,
     UpstreamClosed,
-    UpstreamLeft,
+    UpstreamGoaway,
     UpstreamProtocolError,
     UpstreamReset,
     UpstreamTimeout,
@@ -72,7 +72,7 @@ ENDPOINTS_TRIED = 3
 _UNACCEPTABLE = frozenset({Code.PROTOCOL_ERROR, Code.ENHANCE_YOUR_CALM})
 # These do not count against the endpoint: it shuts down gracefully, or the client's own limit is
 # small.
-_BLAMELESS = (UpstreamLeft, ResponseTooLarge)
+_BLAMELESS = (UpstreamGoaway, ResponseTooLarge)
 
 
 class AttemptTimeout(Exception):

@@ -325,7 +325,7 @@ async def refused(pod: Pod, service: str) -> str:
 
 async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair) -> None:
     before = await counted(
-        pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken"
+        pair.near, "isthmus_errors_total", direction="outbound", reason="circuit_open"
     )
     words = await refused(pair.web, "gone")
     assert "error=destination_unavailable" in words
@@ -334,7 +334,9 @@ async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair
         " connect_refused); the next trial is in" in words
     )
     assert (
-        await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
+        await counted(
+            pair.near, "isthmus_errors_total", direction="outbound", reason="circuit_open"
+        )
         == before + 1
     )
 

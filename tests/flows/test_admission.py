@@ -385,7 +385,7 @@ async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_anothe
         await late.send(REQUEST)
         assert await end_of(late) == b""
         assert stage.count("connections_refused_total", listener="inbound", reason="reserved") == 1
-        assert stage.count("errors_total", direction="inbound", reason="no_room") == 1
+        assert stage.count("errors_total", direction="inbound", reason="listener_full") == 1
         for peer in peers:
             await peer.send(b"x")
             assert (await peer.response()).status == 200

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.net.connection_slots import Bounds, NoRoom, Slot, Slots
+from proxy.net.connection_slots import Bounds, ListenerFull, Slot, Slots
 from proxy.net.exceptions import ConnectionLost
 
 
@@ -112,7 +112,7 @@ def test_a_plain_connection_takes_no_place_that_is_reserved_and_ends_none_that_d
 ):
     world = World(Bounds(4, pending=2, reserved=1))
     busy = [world.settled(member=False) for _ in range(3)]
-    with pytest.raises(NoRoom, match="reserved"):
+    with pytest.raises(ListenerFull, match="reserved"):
         world.settled(member=False)
     assert world.refused == ["reserved"]
     assert not any(slot.evicted for slot in busy)
@@ -131,11 +131,11 @@ def test_a_member_ends_what_plain_clients_have_begun_the_newest_first() -> None:
 def test_members_give_way_to_members_only_while_they_wait() -> None:
     world = World(Bounds(2, pending=2))
     waiting, busy = world.settled(member=True, since=5.0), world.settled(member=True)
-    with pytest.raises(NoRoom, match="full"):
+    with pytest.raises(ListenerFull, match="full"):
         world.settled(member=False)
     assert not world.settled(member=True).evicted
     assert (waiting.evicted, busy.evicted) == (True, False)
-    with pytest.raises(NoRoom, match="full"):
+    with pytest.raises(ListenerFull, match="full"):
         world.settled(member=True)
 
 
@@ -215,7 +215,7 @@ def test_one_address_has_its_part_and_no_more() -> None:
     world = World(Bounds(10, per_source=2, cut_busy=True))
     greedy = [world.take("192.0.2.66") for _ in range(2)]
     other = world.take("192.0.2.1")
-    with pytest.raises(NoRoom, match="source"):
+    with pytest.raises(ListenerFull, match="source"):
         world.take("192.0.2.66")
     greedy[1].activity = Serving(3.0)
     world.take("192.0.2.66")
@@ -275,7 +275,7 @@ class Flood(RuleBasedStateMachine):
         slot.activity = Serving(self.world.now if waits else None)
         try:
             slot.settle(member=False)
-        except NoRoom:
+        except ListenerFull:
             self.world.slots.free(slot)
             self.alive.remove(slot)
         self.sort()
@@ -290,7 +290,7 @@ class Flood(RuleBasedStateMachine):
         slot.activity = Serving(self.world.now if waits else None)
         try:
             slot.settle(member=True)
-        except NoRoom:
+        except ListenerFull:
             assert everything
             self.world.slots.free(slot)
             self.alive.remove(slot)

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from proxy.directory import Endpoint, Target
-from proxy.errors import AllBroken, NoEndpoint, QueueFull
+from proxy.errors import AllCircuitsOpen, NoEndpoint, QueueFull
 from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
@@ -272,7 +272,7 @@ async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_
             b" connect_refused); the next trial is in"
         )
         assert words in (answer.get(b"proxy-status") or b"")
-        assert world.hop.ended[-1].failure == "all_broken"
+        assert world.hop.ended[-1].failure == "circuit_open"
 
 
 async def test_a_service_without_endpoints_fails_at_once() -> None:
@@ -309,7 +309,7 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
         assert b"error=connection_limit_reached" in (answer.get(b"proxy-status") or b"")
         assert world.hop.ended[-1].failure == "queue_full"
         assert (await clients[1].response()).status == 503
-        assert world.hop.ended[-1].failure == "all_broken"
+        assert world.hop.ended[-1].failure == "circuit_open"
         assert world.balancer.waiting() == 0
         release.set()
         assert (await clients[0].response()).body == b"none"
@@ -379,7 +379,7 @@ async def test_a_connection_goes_to_another_endpoint_if_the_first_cannot_be_conn
                 stream.close()
         assert world.broken == 1
         world.target = Target("default/web", world.target.endpoints[1:], policy=world.target.policy)
-        with pytest.raises(AllBroken):
+        with pytest.raises(AllCircuitsOpen):
             async with world.dispatcher.connection(lambda: world.target, connect):
                 pass
         world.target = Target("default/web", ())

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from proxy.directory import Endpoint, Target
-from proxy.errors import AllBroken, TunnelRefused, Undelivered, UpstreamTLSError
+from proxy.errors import AllCircuitsOpen, TunnelRefused, Undelivered, UpstreamTLSError
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
@@ -119,9 +119,9 @@ async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(
         told: list[str] = []
 
         async def one() -> None:
-            failure, seconds = await fails(world, endpoints, (UpstreamTLSError, AllBroken))  # type: ignore[arg-type]
+            failure, seconds = await fails(world, endpoints, (UpstreamTLSError, AllCircuitsOpen))  # type: ignore[arg-type]
             assert seconds <= 0.2 + 0.25
-            told.append(str(failure) if isinstance(failure, AllBroken) else "rejected")
+            told.append(str(failure) if isinstance(failure, AllCircuitsOpen) else "rejected")
 
         async with trio.open_nursery() as nursery:
             for _ in range(10):

@@ -25,7 +25,7 @@ from proxy.exchange.h2.read_pacing import ReadPacer
 from proxy.exchange.h2.reset_pacing import ResetQueue
 from proxy.exchange.h2.send_scheduler import SendScheduler
 from proxy.exchange.h2.settings import Http2Settings
-from proxy.exchange.h2.stream import ConnectionLeft, Http2Stream, StreamEvent, StreamLost
+from proxy.exchange.h2.stream import ConnectionGoaway, Http2Stream, StreamEvent, StreamLost
 from proxy.exchange.h2.writer import Writer
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import UNCOUNTED, Share
@@ -319,7 +319,7 @@ class MultiplexedConnection:
             kind = StreamLost
             if self.client and self._goaway_code is not None:
                 kind, words = (
-                    ConnectionLeft,
+                    ConnectionGoaway,
                     f"the server was going away (GOAWAY, {self._goaway_code}): {words}",
                 )
             for stream in list(self._streams.values()):

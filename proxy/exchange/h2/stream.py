@@ -61,7 +61,7 @@ class StreamLost(Exception):
         self.reset = reset
 
 
-class ConnectionLeft(StreamLost):
+class ConnectionGoaway(StreamLost):
     """The connection has ended, after the peer had announced it (GOAWAY)."""
 
 

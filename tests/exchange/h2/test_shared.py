@@ -317,5 +317,5 @@ async def test_a_server_that_says_goaway_and_does_not_wait_for_its_streams_has_l
 
     async with through2(answering2(respond)) as (client, proxy):
         assert (await client.ask()).status == 502
-        assert proxy.ended[0].failure == "upstream_left"
+        assert proxy.ended[0].failure == "upstream_goaway"
         assert "ENHANCE_YOUR_CALM" in (proxy.ended[0].words or "")
