@@ -90,6 +90,10 @@ class Catalog:
         self._listed: Index[Key] = Index()  # slices
         # Slices, by the nodes of their endpoints that have no zone.
         self._unplaced: Index[Key] = Index()
+        # Services, by the pods that their endpoints name but that do not have the endpoint's
+        # address: the pod is not known, or has other addresses. And the reverse.
+        self._misnamed: Index[Key] = Index()
+        self._misnames: dict[Key, tuple[str, ...]] = {}
         self._stale: dict[Key, None] = {}
         self._moved: dict[str, None] = {}
 
@@ -148,6 +152,7 @@ class Catalog:
     def pod(self, key: Key, fact: PodFact | None) -> None:
         """Set or remove a pod."""
         before = _swap(self._pods, key, fact)
+        self._stale.update(dict.fromkeys(self._misnamed.at("/".join(key))))
         self._holders.move(key, _held(before), _held(fact))
         self._hosts.move(key, _held(before, host=True), _held(fact, host=True))
         for part in (before, fact):
@@ -200,12 +205,29 @@ class Catalog:
         fact = self._services.get(key)
         if fact is None:
             self.problems.pop(key, None)
+            self._set_misnames(key, ())
             return None
         addresses = tuple(address for address in fact.addresses if self._owner(address) == key)
-        parts = (self._slices[part] for part in self._parts.get(key, ()))
+        parts = [self._slices[part] for part in self._parts.get(key, ())]
+        self._set_misnames(key, tuple(self._find_misnames(parts)))
         entry, problems = resolve(key, fact, addresses, parts, self)
         _swap(self.problems, key, problems or None)
         return entry
+
+    def _find_misnames(self, parts: Iterable[SliceFact]) -> Iterator[str]:
+        for part in parts:
+            for endpoint in part.endpoints:
+                if endpoint.target is not None:
+                    namespace, name, _ = endpoint.target
+                    pod = self._pods.get((namespace, name))
+                    if pod is None or endpoint.address not in pod.ips:
+                        yield f"{namespace}/{name}"
+
+    def _set_misnames(self, key: Key, names: tuple[str, ...]) -> None:
+        before = self._misnames.pop(key, ())
+        if names:
+            self._misnames[key] = names
+        self._misnamed.move(key, before, names)
 
     def _pod_entry(self, address: str) -> PodEntry | None:
         holder = self.holder(address)

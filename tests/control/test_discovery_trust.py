@@ -245,3 +245,21 @@ def test_every_order_of_pod_slice_and_service_gives_the_same() -> None:
             cluster.flush()
         found.add(tuple(one.address for one in cluster.entry("trap", "evil").endpoints))
     assert found == {("10.1.6.6",)}
+
+
+def test_a_problem_follows_the_pod_that_an_endpoint_names() -> None:
+    """The endpoint's address is not the pod's, so only the name leads from the pod to it."""
+    cluster = Cluster().put(*evil(referring("10.1.6.1", "mine", uid="")))
+    trap = ("evil", "trap")
+    assert cluster.problems(trap) == ()  # the pod is not known yet
+    mine = pod("mine", "10.1.6.6", namespace="evil")
+    cluster.put(mine)
+    assert cluster.problems(trap) == ("10.1.6.1 is not an address of the pod mine",)
+    cluster.remove(mine)
+    assert cluster.problems(trap) == ()
+    cluster.put(pod("mine", "10.1.6.1", namespace="evil"))
+    assert cluster.problems(trap) == ()
+    assert set(cluster.endpoints("trap", "evil")) == {"10.1.6.1"}
+    cluster.remove(evil()[0])
+    cluster.flush()
+    assert cluster.catalog._misnames == {}
