@@ -113,10 +113,10 @@ kube: $(VENV)/.dev
 # TEST_KUBE names files or tests; all of tests/kube without it.
 ifdef KUBECONFIG
 test-kube: $(VENV)/.dev
-	$(BIN)/python -m pytest -q $(or $(TEST_KUBE),tests/kube)
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=900 $(or $(TEST_KUBE),tests/kube)
 else
 test-kube: kube
-	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.kube run -- $(BIN)/python -m pytest -q $(or $(TEST_KUBE),tests/kube)
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.kube run -- $(BIN)/python -m pytest -q -o faulthandler_timeout=900 $(or $(TEST_KUBE),tests/kube)
 endif
 
 perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready

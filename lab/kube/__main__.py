@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,15 @@ from lab.process import LabError
 
 def build() -> dict[str, str]:
     """Build what has changed; the environment by which a run finds it."""
-    version = chosen()
+    version, began = chosen(), time.monotonic()
     found = programs(version)
+    built = time.monotonic()
     store = images(programs(VERSIONS[0]))
+    print(
+        f"isthmus lab: programs are ready ({built - began:.0f} s), images are ready"
+        f" ({time.monotonic() - built:.0f} s)",
+        flush=True,
+    )
     path = f"{found}:{os.environ['PATH']}"
     return {
         cluster.ENV_PROGRAMS: str(found),

@@ -7,7 +7,8 @@ from lab.kube.images import Builder
 from lab.kube.imagestore import unpacked
 from lab.kube.places import CHECKOUT, HERE, cache
 
-ISTHMUS, WEB, PAUSE, COREDNS = "isthmus:0.1.0", "web:1.0", "pause:1", "coredns:1"
+ISTHMUS, WEB, APPS = "isthmus:0.1.0", "web:1.0", "apps:1.0"
+PAUSE, COREDNS = "pause:1", "coredns:1"
 
 
 def images(programs: Path) -> Path:
@@ -19,6 +20,7 @@ def images(programs: Path) -> Path:
         for tag, file, context in (
             (ISTHMUS, CHECKOUT / "Dockerfile", CHECKOUT),
             (WEB, HERE / "docker" / "web" / "Dockerfile", HERE / "docker" / "web"),
+            (APPS, HERE / "docker" / "apps.Dockerfile", CHECKOUT / "lab" / "apps"),
             (PAUSE, HERE / "docker" / "pause.Dockerfile", programs),
             (COREDNS, HERE / "docker" / "coredns.Dockerfile", programs),
         ):

@@ -251,6 +251,7 @@ async def start_all(
     async def one(name: str) -> None:
         clusters[name] = await start(name, options)
 
+    began = time.monotonic()
     try:
         async with trio.open_nursery() as nursery:
             for name in names:
@@ -261,6 +262,10 @@ async def start_all(
         raise
     if set(NAMES) <= set(names):
         network.join(*NAMES)
+    print(
+        f"isthmus lab: {' and '.join(names)} started in {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     return clusters
 
 
