@@ -156,11 +156,11 @@ def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recogn
     guard = LoopGuard(config, listeners, Metrics(), WorkerInfo(1, b"a" * 32, tables[0]))
     opener = OwnConnections(0, "west/web-1", tables[1])
     about = ConnectionInfo("outbound", HERE, THERE)
-    guard.begun(about)
+    guard.check_again(about)
     assert about.depth == 0, "an application's"
     opener.add(HERE, THERE, 1)
     with pytest.raises(LoopDetected, match="has come back to it 1 times"):
-        guard.begun(about)
+        guard.check_again(about)
     assert opener.stopped(HERE, THERE) is not None
 
 
