@@ -97,6 +97,8 @@ class Cluster:
             for at, address in enumerate(addresses):
                 self.api.store.create(_POD, "shop", pod(f"s{number}-{at}", address))
             self.api.store.create(_SLICE, "shop", slice_of(number, addresses))
+        # Each watch looks through the history for what is new.
+        self.api.store.compact()
 
     def change(self) -> int:
         """One endpoint of a service becomes ready, or not ready; the number of the service. Each
