@@ -21,6 +21,8 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from control.app import ControlConfig
+from control.config import Settings
 from perf import pair
 from proxy import directory, errors
 from proxy.config import load as config
@@ -234,12 +236,18 @@ def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
     found = next(
         found for found in manifests("ConfigMap") if found["metadata"]["name"] == "isthmus"
     )
-    data = found["data"]
-    (tmp_path / "isthmus.yaml").write_text(str(data["isthmus.yaml"]))
+    (tmp_path / "isthmus.yaml").write_text(str(found["data"]["isthmus.yaml"]))
     loaded = config.load(tmp_path / "isthmus.yaml", {})
-    assert directory.parse(str(data["directory.yaml"]), "directory.yaml").services
     assert loaded.directory is not None
-    assert loaded.directory.file.name in data
+    assert loaded.directory.control is not None
+    (service,) = (
+        one for one in manifests("Service") if one["metadata"]["name"] == "isthmus-control"
+    )
+    ports: list[dict[str, Any]] = service["spec"]["ports"]  # type: ignore[assignment]
+    (port,) = (one["port"] for one in ports if one["name"] == "directory")
+    assert loaded.directory.control.address == f"isthmus-control.isthmus.svc:{port}"
+    account = deployment("isthmus-control")["serviceAccountName"]
+    assert loaded.directory.control.identity == f"spiffe://cluster.local/ns/isthmus/sa/{account}"
 
 
 def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
@@ -258,8 +266,7 @@ def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
 
 
 def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
-    (found,) = manifests("Deployment")
-    pod: dict[str, Any] = found["spec"]["template"]["spec"]
+    pod = deployment("gateway")
     (gateway,) = pod["containers"]
     assert gateway["args"][:2] == ["run", "--gateway"]
     assert {port["containerPort"] for port in gateway["ports"]} == {
@@ -275,6 +282,29 @@ def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
     assert {mount["name"] for mount in gateway["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
+
+
+def test_the_control_plane_of_the_manifests_fits_its_settings() -> None:
+    pod, settings = deployment("isthmus-control"), Settings()
+    (control,) = pod["containers"]
+    assert control["args"][0] == "control"
+    _, port = ControlConfig().admin or ("", 0)
+    assert [found["containerPort"] for found in control["ports"]] == [4190, port]
+    assert pod["terminationGracePeriodSeconds"] > settings.lease.release_timeout
+    (role,) = (
+        found for found in manifests("Role") if found["metadata"]["name"] == "isthmus-control"
+    )
+    rules: list[dict[str, Any]] = role["rules"]  # type: ignore[assignment]
+    assert [rule["resourceNames"] for rule in rules if "resourceNames" in rule] == [
+        [settings.lease.name]
+    ]
+
+
+def deployment(called: str) -> dict[str, Any]:
+    """The pod of a Deployment."""
+    (found,) = (one for one in manifests("Deployment") if one["metadata"]["name"] == called)
+    pod: dict[str, Any] = found["spec"]["template"]["spec"]  # type: ignore[index]
+    return pod
 
 
 def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:

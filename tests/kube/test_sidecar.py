@@ -1,14 +1,12 @@
 """The manifests of deploy/kubernetes on a real cluster: a pod with the sidecar starts in their order, is ready, and speaks mutual TLS.
 
-There is no control plane in this: the directory is a file in a ConfigMap, written by the test.
+There is no control plane in this: the directory is a file in a ConfigMap, written by the test, in
+place of `directory.control`.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import trio
 
 from lab.kube.cluster import Cluster
+from tests.kube.authority import Authority
 from tests.kube.kit import eventually, inside
 
 MANIFESTS = Path(__file__).parent.parent.parent / "deploy" / "kubernetes"
@@ -37,30 +36,6 @@ def manifests(file: str) -> list[dict[str, Any]]:
     return [msgspec.yaml.decode(document) for document in documents]
 
 
-def identity(folder: Path) -> dict[str, str]:
-    """The data of the Secret, by the commands that config.yaml names."""
-    isthmus = [sys.executable, "-m", "proxy.cli", "identity"]
-    root = [*isthmus, "root", "--trust-domain", "cluster.local", "--out", str(folder / "trust")]
-    issue = [
-        *isthmus,
-        "issue",
-        "--root",
-        str(folder / "trust"),
-        "--namespace",
-        "shop",
-        "--service-account",
-        "web",
-        "--out",
-        str(folder / "web"),
-    ]
-    for command in (root, issue):
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return {
-        file.name: base64.b64encode(file.read_bytes()).decode()
-        for file in (folder / "web").iterdir()
-    }
-
-
 @pytest.fixture
 async def shop(west: Cluster, tmp_path: Path) -> AsyncIterator[str]:
     """The namespace that the manifests name, with the service account and the Secret."""
@@ -69,12 +44,7 @@ async def shop(west: Cluster, tmp_path: Path) -> AsyncIterator[str]:
         await west.until(
             "service accounts are there", "--namespace", "shop", "get", "serviceaccount", "default"
         )
-        secret = {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": "isthmus-identity-web", "namespace": "shop"},
-            "data": await trio.to_thread.run_sync(identity, tmp_path),
-        }
+        secret = await trio.to_thread.run_sync(Authority(tmp_path).secret, "shop", "web")
         await west.apply(json.dumps(secret))
         yield "shop"
     finally:
@@ -83,9 +53,12 @@ async def shop(west: Cluster, tmp_path: Path) -> AsyncIterator[str]:
 
 
 async def configure(west: Cluster, services: list[dict[str, Any]]) -> None:
-    """Apply config.yaml with a directory of our own."""
+    """Apply config.yaml with a directory file of our own."""
     for document in manifests("config.yaml"):
         if document["kind"] == "ConfigMap":
+            settings = msgspec.yaml.decode(document["data"]["isthmus.yaml"])
+            settings["directory"] = {"file": "/etc/isthmus/directory.yaml"}
+            document["data"]["isthmus.yaml"] = json.dumps(settings)
             document["data"]["directory.yaml"] = json.dumps({"services": services})
         await west.apply(json.dumps(document))
 
