@@ -202,8 +202,9 @@ class Followers:
                 self.times.append(time.monotonic() - self.began.pop(number))
                 del self.missing[number]
 
-    async def run(self, limit: trio.CapacityLimiter, *, task_status: Any) -> None:
-        """One proxy. It has started when it has all its entries."""
+    async def join(self, nursery: trio.Nursery, limit: trio.CapacityLimiter) -> None:
+        """Connect one proxy and wait until it has all its entries. Then it follows them in
+        `nursery`."""
         async with limit:
             stream = await tls_client(
                 await Dialer().dial(Address(HOST, self.port)),
@@ -224,7 +225,9 @@ class Followers:
             frames, known = Frames(1 << 24), 0
             while known < len(numbers):
                 known += len(await self._updates(stream, frames))
-        task_status.started()
+        nursery.start_soon(self._follow, stream, frames)
+
+    async def _follow(self, stream: TLSStream, frames: Frames) -> None:
         while True:
             for key in await self._updates(stream, frames):
                 third, fourth = map(int, key.split(".")[2:])
@@ -343,7 +346,7 @@ async def connect(nursery: trio.Nursery, followers: Followers, found: dict[str, 
     limit, began = trio.CapacityLimiter(_HANDSHAKES), time.monotonic()
     async with trio.open_nursery() as starting:
         for _ in range(followers.size.proxies):
-            starting.start_soon(nursery.start, followers.run, limit)
+            starting.start_soon(followers.join, nursery, limit)
     nursery.start_soon(followers.ping)
     found["seconds to connect all proxies"] = time.monotonic() - began
 
