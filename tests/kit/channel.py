@@ -129,7 +129,7 @@ class Workshop:
         channel = Channel(known, identity, ChannelLimits(**limits), About("replica"))
         listener = bind(Address(LOOPBACK, port))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(channel.serve, [listener])  # the socket listens already
+            nursery.start_soon(channel.serve, [listener])  # noqa: ASYNC113  # the socket listens already
             yield channel, listener.getsockname()[1]
             nursery.cancel_scope.cancel()
 
@@ -195,7 +195,7 @@ class Workshop:
         acceptor = Acceptor(accept, limit=10, on_error=lambda *_: None)
         listener = bind(Address(LOOPBACK, 0))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve, [listener])  # the socket listens already
+            nursery.start_soon(acceptor.serve, [listener])  # noqa: ASYNC113  # the socket listens already
             yield listener.getsockname()[1]
             nursery.cancel_scope.cancel()
 
