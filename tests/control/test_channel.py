@@ -231,7 +231,7 @@ async def say_and_see(stream: TLSStream, *data: bytes) -> list[FromControl]:
 async def test_a_proxy_that_misbehaves_is_disconnected_and_leaves_nothing(
     workshop: Workshop, data: bytes, reason: str
 ) -> None:
-    async with workshop.control(heartbeat=0.1, handshake_timeout=1.0) as (channel, port):
+    async with workshop.control(heartbeat_interval=0.1, handshake_timeout=1.0) as (channel, port):
         stream = await workshop.peer(port, workshop.identity(WEB))
         found = await say_and_see(stream, data)
         assert all(isinstance(message, Welcome) for message in found)
@@ -294,13 +294,17 @@ async def test_a_proxy_that_does_not_read_costs_no_memory_and_is_disconnected(
 
 async def test_limits_are_kept(workshop: Workshop) -> None:
     identity = workshop.identity(WEB)
-    async with workshop.control(per_identity=2, subscriptions=2, message=300) as (channel, port):
+    async with workshop.control(
+        max_connections_per_identity=2, max_subscriptions=2, max_message_bytes=300
+    ) as (channel, port):
         streams = [await workshop.peer(port, identity) for _ in range(2)]
         for stream in streams:
             await stream.send_all(HELLO)
             assert len(await messages(stream, 1)) == 1
         third = await workshop.peer(port, identity)
-        assert await say_and_see(third, HELLO) == [Goodbye("more than 2 connections")]
+        assert await say_and_see(third, HELLO) == [
+            Goodbye("more than 2 connections (channel.max_connections_per_identity)")
+        ]
         other = await workshop.peer(port, workshop.identity(SpiffeId(DOMAIN, "shop", "db")))
         await other.send_all(HELLO)
         assert len(await messages(other, 1)) == 1
@@ -308,10 +312,14 @@ async def test_limits_are_kept(workshop: Workshop) -> None:
             frame(Subscribe(tuple((f"a/10.0.0.{n}", b"") for n in range(1, 4))))
         )
         found = await messages(streams[0], 3)
-        assert found[2] == Refused(("a/10.0.0.3",), "more than 2 entries")
+        assert found[2] == Refused(
+            ("a/10.0.0.3",), "more than 2 entries (channel.max_subscriptions)"
+        )
         workshop.catalog.put(service("big", OTHER, [f"10.1.1.{n}" for n in range(1, 20)]))
         await streams[1].send_all(frame(Subscribe(((f"a/{OTHER}", b""),))))
-        assert await messages(streams[1], 1) == [Refused((f"a/{OTHER}",), "longer than 300 bytes")]
+        assert await messages(streams[1], 1) == [
+            Refused((f"a/{OTHER}",), "longer than 300 bytes (channel.max_message_bytes)")
+        ]
         assert channel.connections == 3
 
 
