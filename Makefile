@@ -50,7 +50,7 @@ lint: $(VENV)/.dev
 # other. There are more pytest processes than cores, because many tests wait.
 # The order of the tests is random (pytest-randomly), and the same in all runs of a commit.
 ORDER ?= $(shell git rev-list --count HEAD)
-SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -q --randomly-seed $(ORDER)
+SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --randomly-seed $(ORDER)
 # Most of what is compiled, and all tests of whole proxies, run in the form of the image only: with
 # the compiled request path, on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md).
 IN_THE_IMAGE := $(addprefix tests/,balancing both_paths e2e exchange flows lab routing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from itertools import count
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,10 +41,29 @@ LONG = (
 )
 
 
+# The tests of a module in these folders share running pods. They keep the order of the file.
+IN_ORDER = ("tests/e2e/", "tests/lab/")
+_position = pytest.StashKey[int]()
+_positions = count()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.stash[_position] = next(_positions)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the long modules first. Otherwise the random order of the modules stays."""
-    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
+    """Start the long modules first, and keep the order within some. Otherwise the random order
+    stays."""
+    modules = {item.nodeid.partition("::")[0]: number for number, item in enumerate(items)}
+
+    def key(item: pytest.Item) -> tuple[bool, int, int]:
+        module = item.nodeid.partition("::")[0]
+        keeps = module.startswith(IN_ORDER)
+        return not module.endswith(LONG), modules[module], item.stash[_position] if keeps else 0
+
+    items.sort(key=key)
 
 
 def pytest_configure() -> None:
