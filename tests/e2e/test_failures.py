@@ -68,10 +68,25 @@ def impatient(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
-async def _built(laboratory: Laboratory, settings: dict[str, Any]) -> Pair:
+@pytest.fixture(scope="module")
+def patient(laboratory: Laboratory) -> Pair:
+    """A pair whose requests wait for the endpoint for longer than a sidecar or an application takes
+    to start on a busy machine. By default, they wait 3 s."""
+
+    async def build() -> Pair:
+        return await _built(laboratory, SETTINGS, {"queue": {"timeout": "25s"}})
+
+    return laboratory.run(build)
+
+
+async def _built(
+    laboratory: Laboratory, settings: dict[str, Any], policy: dict[str, Any] | None = None
+) -> Pair:
     pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=SETTINGS)
     if settings is IMPATIENT:  # each request is to find out for itself
-        pair.service.traits["policy"] = {"breaker": {"failures": 0}}
+        policy = {"breaker": {"failures": 0}}
+    if policy is not None:
+        pair.service.traits["policy"] = policy
     await web_server(pair.shop)
     await echo_server(pair.shop)
     await pair.mesh.start()
@@ -138,30 +153,30 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
     await clean(pair)
 
 
-async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) -> None:
+async def test_the_servers_sidecar_is_restarted_politely_under_load(patient: Pair) -> None:
     """Its pod stays in the directory, so requests wait while it is down. None fails."""
-    async with Load(pair.web, pair.service.ipv4, WEB) as load:
+    async with Load(patient.web, patient.service.ipv4, WEB) as load:
         await load.more(100)
-        await pair.far.restart()
+        await patient.far.restart()
         await load.more(300)
     print(dict(load.outcomes))
     assert not load.bad
-    await clean(pair)
+    await clean(patient)
 
 
-async def test_a_server_that_is_restarted_at_once_costs_no_request(pair: Pair) -> None:
+async def test_a_server_that_is_restarted_at_once_costs_no_request(patient: Pair) -> None:
     """What the killed application had taken is asked again, for it was idempotent. What came while
     it was away has waited."""
-    server = pair.shop.processes[f"web-{WEB}"]
-    async with Load(pair.web, pair.service.ipv4, WEB) as load:
+    server = patient.shop.processes[f"web-{WEB}"]
+    async with Load(patient.web, patient.service.ipv4, WEB) as load:
         await load.more(100)
         server.kill()
         await server.wait()
-        await web_server(pair.shop)
+        await web_server(patient.shop)
         await load.more(300)
     print(dict(load.outcomes))
     assert not load.bad
-    await clean(pair)
+    await clean(patient)
 
 
 async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(impatient: Pair) -> None:
