@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -115,8 +116,12 @@ def row(flood: Flood, seen: Watched, bed: Bed, *, together: bool) -> Row:
         faults.append(f"{probes['failed']} probes failed")
     if probes.get("slowest", 0) > SLOWEST_PROBE:
         faults.append(f"a probe took more than {SLOWEST_PROBE} ms")
-    if bed.cgroup.kills() or not alive:
-        faults.append("the sidecar was killed")
+    if bed.cgroup.kills():
+        faults.append("the sidecar was killed: out of memory")
+    elif not alive:
+        victim = bed.victim.running()
+        faults.append(f"the sidecar ended with {victim.returncode}")
+        print(victim.output.path.read_text("utf-8", "replace")[-4000:], file=sys.stderr)
     if together and seen.after > seen.before * RETURN:
         faults.append(f"memory is {seen.after / seen.before:.2f} times what it was")
     cells = (
