@@ -250,14 +250,14 @@ async def test_a_client_without_an_identity_of_the_trust_domain_gets_nothing(
     async with workshop.control(foreign) as (channel, port):
         for number, connect in enumerate(
             (
-                lambda: workshop.nobody(port),
+                lambda: workshop.anonymous_peer(port),
                 lambda: workshop.peer(port, stranger),
                 lambda: workshop.peer(port, forger),
             ),
             1,
         ):
             assert await refused(connect) == []
-            await until(lambda n=number: sum(channel.counts.ended.values()) == n, "the end")  # type: ignore[misc]
+            await until(lambda n=number: sum(channel.counts.ended.values()) == n, "the end")  # type: ignore[misc]  # a default argument
         assert channel.counts.accepted == 0
         assert channel.counts.ended["identity"] >= 1
 

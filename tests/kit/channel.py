@@ -92,7 +92,7 @@ class Workshop:
     _made: int = 0
 
     def close(self) -> None:
-        """Close what `peer` and `nobody` have opened."""
+        """Close what `peer` and `anonymous_peer` have opened."""
         for stream in self.opened:
             stream.close()
 
@@ -164,8 +164,8 @@ class Workshop:
         self.opened.append(stream)
         return stream
 
-    async def nobody(self, port: int) -> TLSStream:
-        """The same without a certificate."""
+    async def anonymous_peer(self, port: int) -> TLSStream:
+        """Connect to a replica without a certificate; the caller closes nothing."""
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         stream = await tls_client(
             await Dialer().dial(Address(LOOPBACK, port)),

@@ -33,7 +33,7 @@ def manifests(file: str) -> list[Json]:
 
 def web(name: str = "web") -> Json:
     """The container of the image `web`. It answers for some seconds after its pod is told to end,
-    until nobody sends to it any more."""
+    because requests still arrive in this time."""
     return {
         "name": name,
         "image": WEB,
