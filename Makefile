@@ -38,8 +38,9 @@ test: $(VENV)/.dev
 	$(MAKE) whole jaeger
 
 # The optional rules of flake8-async (ASYNC9..) are off: proxy/net/socket_stream.py says where
-# checkpoints are, and why. It takes most of the time, so it skips files without async. ASYNC109 is off because a timeout parameter is the contract of the
-# dialer and of the handshakes. ASYNC124 is off because tests run in trio whether they wait or not.
+# checkpoints are, and why. flake8-async takes most of the time, so it skips files without async.
+# ASYNC109 is off because a timeout parameter is the contract of the dialer and of the handshakes.
+# ASYNC124 is off because tests run in trio whether they wait or not.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -61,36 +62,44 @@ IN_BOTH := $(addprefix tests/,directory fastpath identity loopguard net tracing 
 # (docs/decisions/21-fast-path.md).
 WITH_FAST_PATH := tests/e2e/test_clients.py tests/both_paths/test_h2_plays.py
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
+# Measures the branch coverage (CONTRIBUTING.md).
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
-	$(SANDBOXED) $(filter-out $(IN_THE_IMAGE) tests/kube tests/kit,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+	$(SANDBOXED) --cov --cov-report= $(filter-out $(IN_THE_IMAGE) tests/kube tests/kit,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 	$(SANDBOXED) $(WITH_FAST_PATH)
+	$(BIN)/python scripts/coverage
 
 whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	$(AS_IN_THE_IMAGE) $(SANDBOXED) $(IN_THE_IMAGE) $(IN_BOTH)
 	ISTHMUS_FAST_PATH=false $(SANDBOXED) $(ORDINARY)
 
-# The compiled packages, installed from a wheel. No extension module lies beside the sources, where
+# The compiled packages, installed from a wheel. No extension module is beside the sources, where
 # it would hide an edited module.
 AS_IN_THE_IMAGE := ISTHMUS_TEST_COMPILED=1 ISTHMUS_TEST_AWS_LC=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(AWS_LC)/site:$(CURDIR)/$(COMPILED):$(CURDIR)
 compiled: $(READY)
 
-$(READY): $(VENV)/.dev setup.py pyproject.toml $(SOURCES)
+# As pip does when it installs a wheel. Programs of the lab may not write here, so without it each
+# start of a proxy would compile all modules.
+BYTECODE := $(BIN)/python -m compileall -q
+
+$(READY): setup.py pyproject.toml $(SOURCES) | $(VENV)/.dev
 	@./scripts/system-packages "gcc:gcc headers:python3-dev"
 	rm -rf build/[!a]* # all but build/aws-lc
 	ISTHMUS_COMPILE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m zipfile -e build/wheel/isthmus-*.whl $(COMPILED)
-	rm -r $(COMPILED)/lab  # which is what tests, and finds the examples beside it
+	rm -r $(COMPILED)/lab  # the tests use the lab of the sources, which is beside the examples
+	$(BYTECODE) $(COMPILED)
 	touch $@
 
 # Another build of a package of $(VENV), which takes precedence over it.
 aws-lc: $(AWS_LC)/.ready
 
-$(AWS_LC)/.ready: $(VENV)/.dev scripts/aws-lc requirements/aws-lc.patch requirements/run.txt
+$(AWS_LC)/.ready: scripts/aws-lc requirements/aws-lc.patch requirements/run.txt | $(VENV)/.dev
 	@./scripts/system-packages "rust:cargo c++:g++ cmake:cmake libclang:libclang-dev patch:patch"
 	./scripts/aws-lc $(BIN)/python $(AWS_LC)
 	$(BIN)/python -m zipfile -e $(AWS_LC)/wheel/cryptography-*.whl $(AWS_LC)/site
+	$(BYTECODE) $(AWS_LC)/site
 	touch $@
 
 # The extra `jaeger` needs an older SDK than everything else, so it has its own environment.
@@ -102,7 +111,8 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
 	touch $@
 
-# Kubernetes from source, and the image by the steps of its Dockerfile (CONTRIBUTING.md). KUBERNETES=1.34 chooses the oldest version.
+# Kubernetes from source, and the image by the steps of its Dockerfile (CONTRIBUTING.md).
+# KUBERNETES=1.34 chooses the oldest version.
 export KUBERNETES ?= 1.37
 KUBE_NEEDED := go:golang-go containerd:containerd runc:runc cni:containernetworking-plugins debootstrap:debootstrap \
 	nft:nftables iptables:iptables conntrack:conntrack ip:iproute2 nsenter:util-linux mount:mount
@@ -127,8 +137,8 @@ perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 bench-control: $(VENV)/.dev
 	$(BIN)/python -m perf.control $(BENCH)
 
-# The tables go into docs/reliability.md. SOAK="--only floods --write", or faults, measures one table and keeps the other.
-# SOAK="--only NAME,..." measures a part, and writes nothing.
+# The tables go into docs/reliability.md. SOAK="--only floods --write", or faults, measures one
+# table and keeps the other. SOAK="--only NAME,..." measures a part, and writes nothing.
 soak: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "$(NEEDED)"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf.reliability $(or $(SOAK),--write)

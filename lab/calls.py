@@ -50,10 +50,10 @@ async def spread(stage: Stage) -> None:
     sidecar of `web` counts the client's connections.
     """
     until = trio.current_time() + PATIENCE
-    held, told = await spread_once(stage)
+    held, detail = await spread_once(stage)
     while not held and trio.current_time() < until:
-        held, told = await spread_once(stage)
-    stage.report.prove("balanced by call", told, held)
+        held, detail = await spread_once(stage)
+    stage.report.prove("balanced by call", detail, held)
 
 
 async def spread_once(stage: Stage) -> tuple[bool, str]:
@@ -64,11 +64,11 @@ async def spread_once(stage: Stage) -> tuple[bool, str]:
     answered = answer.get("answered", {})
     shares = [answered.get(pod.name, 0) for pod in (stage.shop, stage.annex)]
     held = opened == 1 and sum(shares) == CALLS and min(shares) >= FAIR * CALLS
-    told = (
+    detail = (
         f"{CALLS} calls, of which `shop` answered {shares[0]} and `annex` {shares[1]}; the client"
         f" had {opened:.0f} TCP connection"
     )
-    return held, f"{told} {why(answer, held)}"
+    return held, f"{detail} {why(answer, held)}"
 
 
 async def connections(stage: Stage) -> float:
@@ -81,7 +81,7 @@ async def connections(stage: Stage) -> float:
 async def patience(stage: Stage) -> None:
     """The server sees the caller's deadline, and a cancelled call ends there too."""
     answer = await stage.client(stage.web, "grpc-impatient", "stock", GRPC, str(DEADLINE))
-    left, over = await heard(stage, "deadline: ", "deadline: over")
+    left, over = await await_lines(stage, "deadline: ", "deadline: over")
     late = answer.get("deadline", {})
     held = (
         late.get("code") == "DEADLINE_EXCEEDED"
@@ -89,12 +89,12 @@ async def patience(stage: Stage) -> None:
         and 0 < float(left.split()[1]) <= DEADLINE
         and bool(over)
     )
-    told = (
+    detail = (
         f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server received it:"
         f" {left.partition(': ')[2]}"
     )
-    stage.report.prove("deadline", f"{told} {why(answer, held)}", held)
-    _, over = await heard(stage, "cancelled: ", "cancelled: over")
+    stage.report.prove("deadline", f"{detail} {why(answer, held)}", held)
+    _, over = await await_lines(stage, "cancelled: ", "cancelled: over")
     held = answer.get("cancelled") == "CANCELLED" and "active: False" in over
     stage.report.prove(
         "cancellation",
@@ -103,20 +103,20 @@ async def patience(stage: Stage) -> None:
     )
 
 
-async def heard(stage: Stage, *beginnings: str) -> list[str]:
+async def await_lines(stage: Stage, *prefixes: str) -> list[str]:
     """For each prefix, the first line of the servers' output that contains it, or "" if none
     comes."""
     outputs = [pod.processes["grpc_service"].output for pod in (stage.shop, stage.annex)]
 
-    def find(beginning: str) -> str:
+    def find(prefix: str) -> str:
         return next(
-            (line for output in outputs for line in output.lines if line.startswith(beginning)), ""
+            (line for output in outputs for line in output.lines if line.startswith(prefix)), ""
         )
 
     with trio.move_on_after(PATIENCE):
-        while not all(map(find, beginnings)):  # noqa: ASYNC110  # two programs may write it, and a small delay is harmless
+        while not all(map(find, prefixes)):  # noqa: ASYNC110  # two programs may write it, and a small delay is harmless
             await trio.sleep(0.02)
-    return [find(beginning) for beginning in beginnings]
+    return [find(prefix) for prefix in prefixes]
 
 
 async def unavailable(stage: Stage) -> None:
@@ -134,10 +134,10 @@ async def unavailable(stage: Stage) -> None:
         and error_type(status) == "connection_refused"
         and status.startswith(_inbound_names(pods))
     )
-    told = (
+    detail = (
         f"{answer.get('code')}, Proxy-Status: {status.partition(';')[0]};error={error_type(status)}"
     )
-    stage.report.prove("servers stopped", f"{told} {why(answer, held)}", held)
+    stage.report.prove("servers stopped", f"{detail} {why(answer, held)}", held)
     async with trio.open_nursery() as nursery:
         for pod in pods:
             nursery.start_soon(grpc_server, stage, pod)

@@ -67,10 +67,10 @@ async def circle(stage: Stage) -> None:
         body.strip().partition(": ")[2],
         "south/gateway -> south/pong -> north/gateway -> north/ping" in body,
     )
-    asked = [
+    answers = [
         (await pod.run_python(_REQUEST, f"127.0.0.1:{ROUND}", "/asked")).stdout for pod in pods
     ]
-    counts = [json.loads(answer)[2] for answer in asked]
+    counts = [json.loads(answer)[2] for answer in answers]
     report.prove(
         "what it cost",
         f"for one request, ping received {counts[0]} and pong {counts[1]}",

@@ -189,13 +189,13 @@ async def by_name(world: World) -> None:
         )
     verdict = wire.verdict(PUBLISHED_PORT)
     held = verdict.ok and not wire.contains(SECRET.encode())
-    told = (
+    detail = (
         f"{verdict.flows} connections to the gateway: TLS 1.3 from the first byte to the last, the"
         " secret is not in it"
     )
     world.prove(
         "on the wire",
-        told if held else "; ".join(verdict.problems) or "the secret IS on the wire",
+        detail if held else "; ".join(verdict.problems) or "the secret IS on the wire",
         held,
     )
     answer = await stage.client(world.clusters.pod("east", "c"), "get", "c.west", HTTP, SECRET)
@@ -224,11 +224,11 @@ async def split(world: World) -> None:
         total * SHARE * (1 - SHARE)
     )  # five standard deviations: chance exceeds them once in a million
     held = abs(answered[THERE] - SHARE * total) <= spread and not load.bad
-    told = (
+    detail = (
         f"`web` calls `c`: of {total} requests west answered {answered[HERE]} and east"
         f" {answered[THERE]}, {load.bad or 'no'} errors"
     )
-    world.prove(f"split {weights[0]}/{weights[1]}", told, held)
+    world.prove(f"split {weights[0]}/{weights[1]}", detail, held)
     await arrange(world)
 
 
@@ -246,12 +246,12 @@ async def failover(world: World) -> None:
         took = time.monotonic() - dead
         await answered(load, THERE, 100)
         lost = sum(load.bad.values())
-        told = (
+        detail = (
             f"`c` of west is killed under load: east answers {took * 1000:.0f} ms later, {lost}"
             " requests in flight were lost"
         )
         # Two clients: only the requests in flight when the server died may be lost.
-        world.prove("failover", told, away and lost <= 2)
+        world.prove("failover", detail, away and lost <= 2)
         await web_server(world, "west")
         await sidecar.start(intercept=False)
         back = time.monotonic()
@@ -273,20 +273,20 @@ async def outage(world: World) -> None:
     """
     leg = world.clusters.legs["east"]
     async with world.load("shop") as load:
-        moments, good = [time.monotonic()], load.good
+        moments, good = [time.monotonic()], load.succeeded
         await trio.sleep(PHASE)
         await enough(load, good)
         moments.append(time.monotonic())
         with leg.fault(Fault.SILENCE):
             answers: list[dict[str, Any]] = []
-            slowest, good = 0.0, load.good
+            slowest, good = 0.0, load.succeeded
             while time.monotonic() < moments[1] + PHASE or len(answers) < 3:
                 began = time.monotonic()
                 answers.append(await remote(world))
                 slowest = max(slowest, time.monotonic() - began)
             await enough(load, good)
             moments.append(time.monotonic())
-        good = load.good
+        good = load.succeeded
         with trio.move_on_after(PATIENCE):
             while (await remote(world)).get("status") != 200:
                 pass
@@ -302,11 +302,11 @@ async def outage(world: World) -> None:
         answer.get("status") in (502, 503, 504) and "error=" in answer.get("proxy-status", "")
         for answer in answers
     )
-    told = (
+    detail = (
         f"{len(answers)} calls during the outage, none answered; the slowest took {slowest:.2f} s,"
         f" the last response: {said}"
     )
-    world.prove("c.east meanwhile", f"{told} {why(last, held)}", held)
+    world.prove("c.east meanwhile", f"{detail} {why(last, held)}", held)
     world.prove(
         "c.east afterwards",
         f"answers {recovered:.2f} s after the link is restored",
@@ -353,10 +353,10 @@ async def hops(world: World) -> None:
             (f"sidecar of `{service}`", "the gateway", third.get("identity"), gateway),
         ]
         held = all(seen == wanted for _, _, seen, wanted in verified)
-        told = "; ".join(
+        detail = "; ".join(
             f"{who} verified {whom}: {seen or 'none'}" for who, whom, seen, _ in verified
         )
-        world.prove(f"{label}: {service}.east", told, held)
+        world.prove(f"{label}: {service}.east", detail, held)
 
 
 STEPS: tuple[tuple[str, Callable[[World], Awaitable[None]]], ...] = (
@@ -408,7 +408,7 @@ async def answered(load: Load, name: str, more: int) -> bool:
 
 async def enough(load: Load, since: int) -> None:
     """Wait until a load has enough requests answered after the first `since`. Raises LabError."""
-    await load.more(max(0, since + ENOUGH + 1 - load.good), timeout=PATIENCE)
+    await load.more(max(0, since + ENOUGH + 1 - load.succeeded), timeout=PATIENCE)
 
 
 async def remote(world: World) -> dict[str, Any]:

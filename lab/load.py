@@ -119,12 +119,12 @@ class Load:
         self._stop = False
         self._done = trio.Event()
         self._running = 0
-        self._told = ""  # the last answer that was not 200
-        self._begun = 0  # started requests
+        self._last_error_body = ""  # the last answer that was not 200
+        self._started = 0  # started requests
         self._under_way: set[int] = set()  # numbers of the requests in flight
 
     @property
-    def good(self) -> int:
+    def succeeded(self) -> int:
         return self.outcomes["200"]
 
     def summary(self, since: float = 0.0, until: float = float("inf")) -> Summary:
@@ -167,7 +167,7 @@ class Load:
             return
         raise LabError(
             f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last"
-            f" said {self._told!r}"
+            f" said {self._last_error_body!r}"
         )
 
     async def settle(self, timeout: float = 60.0) -> None:
@@ -227,8 +227,8 @@ class Load:
     async def _request(
         self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool
     ) -> str:
-        self._begun += 1
-        number = self._begun
+        self._started += 1
+        number = self._started
         self._under_way.add(number)
         try:
             return await self._exchange(stream, connection, first=first)
@@ -270,5 +270,5 @@ class Load:
             return "cut" if first or answer.began else "raced"
         self.answered.update(answer.server())
         if answer.outcome != "200":
-            self._told = answer.body[:300].decode(errors="replace")
+            self._last_error_body = answer.body[:300].decode(errors="replace")
         return answer.outcome or "cut"

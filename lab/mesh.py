@@ -60,7 +60,7 @@ class Mesh:
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
     # the gateways, as the directories of other clusters describe them
-    ways_in: list[dict[str, Any]] = field(default_factory=list)
+    gateways: list[dict[str, Any]] = field(default_factory=list)
     peers: list["Mesh"] = field(default_factory=list)  # the known other clusters
 
     def join(
@@ -91,12 +91,12 @@ class Mesh:
         gateway = self.join(pod, **settings)
         gateway.identity = self.authority.identity("gateway", GATEWAY_NAMESPACE)
         gateway.gateway = True
-        self.way_in(gateway, address=leg.ipv4, port=port)
+        self.announce(gateway, address=leg.ipv4, port=port)
         return gateway
 
-    def way_in(self, member: Member, **way: Any) -> None:
+    def announce(self, member: Member, **way: Any) -> None:
         """Announce a gateway of any kind to other clusters: `address` or `host`, and `port`."""
-        self.ways_in.append({**way, "identity": str(member.identity)})
+        self.gateways.append({**way, "identity": str(member.identity)})
 
     def link(self, *others: "Mesh") -> None:
         """Make other clusters known: their names, gateways and exports."""
@@ -128,7 +128,7 @@ class Mesh:
         """This cluster as other clusters' directories describe it."""
         exported = [service for service in self.services.values() if service.traits.get("export")]
         services = [{"name": service.name, "ports": _ports(service)} for service in exported]
-        return {"name": self.cluster.name, "gateways": self.ways_in, "services": services}
+        return {"name": self.cluster.name, "gateways": self.gateways, "services": services}
 
     def _described(self, service: Service) -> dict[str, Any]:
         return {

@@ -1,19 +1,25 @@
 """The output of the demonstration: progress, and finally a table of what was proven.
 
-Plain text, at most WIDTH columns. Colours only on a terminal; marks in ASCII where the encoding has
-no others.
+rich prints it (lab/console.py). On a terminal, it shows the running step, and colours. Everywhere
+else, the output is plain text of at most WIDTH columns.
 """
 
-import os
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-WIDTH = 100
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from lab.console import WIDTH, console, put
+
 _LABEL = 22  # columns
 
 
@@ -29,7 +35,7 @@ class Proof:
 
 @dataclass(slots=True)
 class Report:
-    """Collects proofs; prints to `out`."""
+    """Collects proofs; prints to `out`. Call `close` in the end."""
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     proofs: list[Proof] = field(default_factory=list)
@@ -37,6 +43,11 @@ class Report:
     shown: list[tuple[str, str]] = field(default_factory=list)  # section, line
     section: str = ""
     began: float = field(default_factory=time.monotonic)
+    _console: Console = field(init=False)
+    _progress: Progress | None = None  # on a terminal, while steps run
+
+    def __post_init__(self) -> None:
+        self._console = console(self.out)
 
     @property
     def held(self) -> bool:
@@ -44,18 +55,43 @@ class Report:
         return bool(self.proofs) and all(proof.held for proof in self.proofs) and not self.trouble
 
     def step(self, text: str) -> None:
-        """Print a line of progress."""
-        self.say(f"{time.monotonic() - self.began:5.1f} s  {text}")
+        """A step begins, and the one before has ended."""
+        if not self._console.is_interactive:
+            self.say(f"{time.monotonic() - self.began:5.1f} s  {text}")
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(finished_text="\N{CHECK MARK}"),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+        self._end_step(self._progress)
+        self._progress.add_task(text, total=1)
+
+    @staticmethod
+    def _end_step(progress: Progress) -> None:
+        for task in progress.tasks:
+            progress.update(task.id, completed=1)
+
+    def close(self) -> None:
+        """Stop the display of the running step. A second call has no effect."""
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
 
     def say(self, text: str = "") -> None:
         """Print a line unchanged."""
-        print(text, file=self.out, flush=True)
+        put(self._console, text)
 
     def prove(self, label: str, detail: str, held: bool) -> None:
         """Record a proof in the current section. A failure is printed at once."""
         self.proofs.append(Proof(self.section, label, " ".join(detail.split()), held))
         if not held:
-            self.say(f"         {self._mark(False)} {label}: {detail}"[: WIDTH * 4])
+            line = Text.assemble("         ", _mark(held), f" {label}: {detail}")
+            line.truncate(WIDTH * 4)
+            put(self._console, line)
 
     def show(self, lines: Sequence[str]) -> None:
         """Lines to show below the proofs of the current section."""
@@ -63,47 +99,48 @@ class Report:
 
     def broke(self, text: str) -> None:
         """Report an error of the lab itself."""
+        self.close()
         self.trouble.append(text)
         self.say(f"\nisthmus demo: {text}")
 
     def finish(self, seconds: float) -> None:
         """Print the table and the verdict."""
+        if self._progress is not None:
+            self._end_step(self._progress)
+        self.close()
         self.say()
         for section in dict.fromkeys(proof.section for proof in self.proofs):
-            self.say(self._colour("1", f"{section} {'-' * (WIDTH - len(section) - 1)}"))
-            for proof in (each for each in self.proofs if each.section == section):
-                self._row(proof)
+            put(
+                self._console,
+                Rule(Text(section, "bold"), characters="-", align="left", style="bold"),
+            )
+            put(self._console, self._table(section))
             for line in (text for where, text in self.shown if where == section):
                 self.say(f"      {line}"[:WIDTH])
             self.say()
         held = sum(proof.held for proof in self.proofs)
         verdict = "All proofs held" if self.held else "NOT all proofs held"
-        self.say(
-            self._colour(
-                "1;32" if self.held else "1;31",
+        put(
+            self._console,
+            Text(
                 f"{verdict}: {held} of {len(self.proofs)}, in {seconds:.1f} s.",
-            )
+                "bold green" if self.held else "bold red",
+            ),
         )
 
-    def _row(self, proof: Proof) -> None:
-        mark = self._mark(proof.held)
-        indent = " " * (len(self._plain_mark(proof.held)) + _LABEL + 3)
-        lines = textwrap.wrap(proof.detail, WIDTH - len(indent), break_on_hyphens=False) or [""]
-        self.say(f" {mark} {proof.label:<{_LABEL}} {lines[0]}")
-        for line in lines[1:]:
-            self.say(indent + line)
+    def _table(self, section: str) -> Padding:
+        table = Table.grid(padding=(0, 1, 0, 0))
+        table.add_column(width=len(_mark(True)))
+        table.add_column(width=_LABEL)
+        table.add_column()
+        for proof in self.proofs:
+            if proof.section == section:
+                table.add_row(_mark(proof.held), Text(proof.label), Text(proof.detail))
+        return Padding(table, (0, 0, 0, 1))
 
-    def _mark(self, held: bool) -> str:
-        return self._colour("32" if held else "1;31", self._plain_mark(held))
 
-    def _plain_mark(self, held: bool) -> str:
-        return "ok  " if held else "FAIL"
-
-    def _colour(self, code: str, text: str) -> str:
-        wanted = (
-            self.out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        )
-        return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
+def _mark(held: bool) -> Text:
+    return Text("ok  ", "green") if held else Text("FAIL", "bold red")
 
 
 def megabytes(count: float) -> str:

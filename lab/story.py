@@ -47,8 +47,11 @@ def tell(*, size: int, keep: bool) -> int:
     except LabError as error:
         report.broke(str(error))
     except KeyboardInterrupt:
+        report.close()
         report.say("\nstopped; nothing is left behind")
         return 0 if report.held else 1
+    finally:
+        report.close()
     return 1
 
 
@@ -254,8 +257,10 @@ async def large_bodies(stage: Stage) -> None:
             held,
         )
     growth = [proxy.rss() - old for proxy, old in zip(proxies, before, strict=True)]
-    told = zip(("web", "shop"), before, growth, strict=True)
-    detail = ", ".join(f"{name} {megabytes(old)} {grown / 2**20:+.1f}" for name, old, grown in told)
+    pairs = zip(("web", "shop"), before, growth, strict=True)
+    detail = ", ".join(
+        f"{name} {megabytes(old)} {grown / 2**20:+.1f}" for name, old, grown in pairs
+    )
     report.prove(
         "memory",
         f"of the sidecars before and after, in MiB: {detail}",

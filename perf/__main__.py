@@ -27,10 +27,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lab.console import put, wide_console
 from perf.loads import BODIES, Work, works
 from perf.pair import HOST, Pair, await_port, free_port, make_identities, running, server
 from perf.peers import PEERS, Kind, Order, Peer
-from perf.report import table
+from perf.tables import show
 
 
 @dataclass(slots=True)
@@ -97,9 +100,20 @@ class Run:
         self.seconds = seconds
         self.samples: list[Sample] = []
         self.left_out: list[str] = []
+        self._console = wide_console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_interactive,
+        )
+        self._task = self._progress.add_task("starts", total=0)
 
     def all(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="isthmus-perf-") as name:
+        with self._progress, tempfile.TemporaryDirectory(prefix="isthmus-perf-") as name:
             folder = Path(name)
             make_identities(folder)
             for path, size in BODIES.items():
@@ -123,7 +137,7 @@ class Run:
                 if order.kind not in peer.kinds:
                     continue
                 if why := peer.missing(order.kind):
-                    self._say(f"  {peer.name} is left out of {order.kind}: {why}")
+                    put(self._console, f"  {peer.name} is left out of {order.kind}: {why}")
                     self.left_out.append(f"{peer.name} ({order.kind}): {why}")
                     continue
                 own = Path(
@@ -136,24 +150,26 @@ class Run:
                 pairs[peer] = stack.enter_context(
                     peer.start(Order(order.kind, own, order.server, order.resume))
                 )
+            rounds = 1 if fresh else self.rounds
+            self._expect(len(group) * len(pairs) * rounds)
             for work in group:
                 if not fresh:
                     for pair in pairs.values():
                         work.run(pair, 0.5)  # warms up connections, sessions and caches
-                for number in range(1 if fresh else self.rounds):
+                for number in range(rounds):
                     for peer, pair in pairs.items():
-                        self._say(f"  {work.title}: {peer.name}, round {number + 1}", end="")
+                        self._progress.update(
+                            self._task,
+                            description=f"{work.title}: {peer.name}, round {number + 1}",
+                        )
                         self.samples.append(sample(work, peer, pair, self.seconds))
-                self._say(table(self.document(), [work.name]))
+                        self._progress.advance(self._task)
+                show(self.document(), [work.name], self._console)
 
-    @staticmethod
-    def _say(text: str, end: str = "\n") -> None:
-        """Print a line. Without `end` it stays; otherwise the next line overwrites it
-        (progress)."""
-        if sys.stdout.isatty():
-            print(f"\r\033[K{text}", end=end, flush=True)
-        elif end:
-            print(text, flush=True)
+    def _expect(self, samples: int) -> None:
+        """So many samples follow. Later groups are not known yet: a peer may be missing."""
+        total = self._progress.tasks[self._task].total or 0
+        self._progress.update(self._task, total=total + samples)
 
     def document(self) -> dict[str, object]:
         return {

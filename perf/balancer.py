@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from lab.console import print_table
 from proxy.balancing.balancer import Balancer
 from proxy.directory import Endpoint, Target
 from proxy.exchange.client_settings import ClientSettings
@@ -59,7 +60,7 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 async def _measure() -> None:
-    print("microseconds a request      pick alone   baseline   all of it   the difference")
+    rows = []
     for count in (1, 5, 5000):
         places = tuple(
             Endpoint(Address(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 80)) for n in range(count)
@@ -93,10 +94,11 @@ async def _measure() -> None:
         picking = _microseconds(partial(endpoint_set.pick, target))
         baseline = _microseconds(_runs(bare))
         whole = _microseconds(_runs(partial(dispatcher.exchange, exchange, choose, send)))
-        print(
-            f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f}"
-            f" {whole - baseline:16.2f}"
-        )
+        figures = (picking, baseline, whole, whole - baseline)
+        rows.append([f"{count} endpoint(s)", *(f"{figure:.2f}" for figure in figures)])
+    print_table(
+        ["microseconds a request", "pick alone", "baseline", "all of it", "the difference"], rows
+    )
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import trio
 
 from lab.cluster import Lab
 from lab.clusters import Clusters
+from lab.console import print_table
 from lab.pod import ROOT, Pod
 from lab.report import percentile
 from lab.sandbox import inside
@@ -124,14 +125,18 @@ def main() -> None:
             " perf.clusters"
         )
     found = trio.run(measure, arguments.requests)
-    print(f"{'milliseconds':<18} {'own cluster':>12} {'by gateway':>12} {'added':>8} {'ratio':>6}")
+    rows = []
     for kind, hosts in found.items():
         for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
             own, remote = (percentile(hosts[host], share) / 1000 for host in ("c", "c.east"))
-            print(
-                f"{kind + ' ' + label:<18} {own:>12.3f} {remote:>12.3f} {remote - own:>8.3f}"
-                f" {remote / own:>6.2f}"
+            rows.append(
+                [
+                    f"{kind} {label}",
+                    *(f"{figure:.3f}" for figure in (own, remote, remote - own)),
+                    f"{remote / own:.2f}",
+                ]
             )
+    print_table(["milliseconds", "own cluster", "by gateway", "added", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import trio
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS, Json
 from proxy.config.schema_files import ControlPlaneConfig
+from proxy.directory.channel.connector import Connector
 from proxy.directory.channel.messages import (
     ALPN,
     MOST_KEYS,
@@ -54,6 +55,7 @@ from proxy.identity.issue import issue, make_root
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
+from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client
 
 DOMAIN = "cluster.local"
@@ -389,9 +391,10 @@ def one_proxy(folder: Path, port: int, size: Size) -> dict[str, Any]:
 async def use_services(folder: Path, port: int, services: int, uses: int) -> dict[str, Any]:
     """Use services one after the other."""
     settings = ControlPlaneConfig(address=f"{HOST}:{port}", identity=str(CONTROL))
-    source = ControlSource(
-        settings, Hello("node-1"), web_identity(folder), Dialer().dial, FormerIdentities(600, 65536)
+    connector = Connector(
+        web_identity(folder), Dialer().dial, Expiries(0.0, lambda _: None, enabled=False)
     )
+    source = ControlSource(settings, Hello("node-1"), connector, FormerIdentities(600, 65536))
     first: list[float] = []
     second: list[float] = []
     async with trio.open_nursery() as nursery:

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from lab.console import print_table
 from perf.pair import BODY, HOST, Proxy, await_port, free_port, make_identities, running, server
 
 ROUNDS, REQUESTS = 10, 500
@@ -134,10 +135,11 @@ def main() -> None:
             for host in seen:
                 seen[host] += times(connection, host)
         cpu = (gateway.cpu() - before) / (ROUNDS * REQUESTS) * 1e6
-    print(f"{'ms a request':<12} {'p50':>8} {'p90':>8} {'p99':>8}")
+    rows = []
     for host, what in (("c", "direct"), ("c.east", "gateway")):
         cuts = statistics.quantiles(seen[host], n=100)
-        print(f"{what:<12} {cuts[49] * 1e3:>8.2f} {cuts[89] * 1e3:>8.2f} {cuts[98] * 1e3:>8.2f}")
+        rows.append([what, *(f"{cuts[place] * 1e3:.2f}" for place in (49, 89, 98))])
+    print_table(["ms a request", "p50", "p90", "p99"], rows)
     print(f"the gateway takes {cpu:.0f} µs of CPU time per request")
 
 

@@ -76,10 +76,10 @@ def wrk(pair: Pair, seconds: float, connections: int, path: str = "", header: st
     if found is None:
         raise SystemExit(text)
     length = float(found[2]) * {"ms": 1e-3, "s": 1.0, "m": 60.0}[found[3]]
-    told = re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", text)
+    percentiles = re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", text)
     latency = {
         f"p{share}": float(value) * {"us": 1, "ms": 1e3, "s": 1e6}[unit]
-        for share, value, unit in told
+        for share, value, unit in percentiles
     }
     return Done(float(found[1]), length, latency)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import timeit
 from collections.abc import Callable
 
+from lab.console import print_table
 from loopguard import HopLimits, HopTokens, ProxyName
 from loopguard.l7 import HEADER
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
@@ -59,7 +60,7 @@ def main() -> None:
             for place in places[1 : count + 1]
         )
 
-    print("the guard layer, microseconds a request")
+    rows = []
     for name, hops in (("no tokens yet", 0), ("one token", 1), ("twelve tokens", 12)):
         fields = [*FIELDS, (HEADER, field(hops))] if hops else FIELDS
 
@@ -71,10 +72,8 @@ def main() -> None:
             add_token(exchange, here, print)
 
         baseline, whole = microseconds(fresh), microseconds(guarded)
-        print(
-            f"  {name:14} baseline {baseline:5.2f}   with the guard {whole:5.2f}   the guard"
-            f" {whole - baseline:5.2f}"
-        )
+        rows.append([name, *(f"{figure:.2f}" for figure in (baseline, whole, whole - baseline))])
+    print_table(["microseconds a request", "baseline", "with the guard", "the guard"], rows)
 
 
 if __name__ == "__main__":

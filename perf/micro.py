@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 from OpenSSL import SSL
 
+from lab.console import print_table
 from perf.loads import wrk
 from perf.pair import Proxy, pair
 from proxy.config.schema import LogConfig
@@ -83,7 +84,7 @@ def heads() -> Iterator[tuple[str, float]]:
     yield "a response's head written", microseconds(lambda: encode_response(response[0]))
 
 
-def books() -> Iterator[tuple[str, float]]:
+def metrics_and_logs() -> Iterator[tuple[str, float]]:
     measures = Metrics().http["outbound"]
 
     def count() -> None:
@@ -161,10 +162,10 @@ def whole() -> float:
 
 def main() -> None:
     baseline = whole()
-    print(f"{'baseline: one request, one hop':46} {baseline:8.2f} us")
-    for part in (heads, books, tls):
-        for name, value in part():
-            print(f"{name:46} {value:8.2f} us {value / baseline:7.1%}")
+    rows = [("baseline: one request, one hop", f"{baseline:.2f}", "")]
+    for part in (heads, metrics_and_logs, tls):
+        rows += [(name, f"{value:.2f}", f"{value / baseline:.1%}") for name, value in part()]
+    print_table(["step", "us", "share"], rows)
 
 
 if __name__ == "__main__":

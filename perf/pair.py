@@ -169,15 +169,15 @@ def pair() -> Iterator[Pair]:
 
 @contextmanager
 def isthmus_pair(
-    folder: Path, back: int, wishes: dict[str, object] | None = None
+    folder: Path, back: int, options: dict[str, object] | None = None
 ) -> Iterator[Pair]:
     """Two proxies of this project in front of the server at port `back`. `folder` holds the
-    identities from make_identities. `wishes`: the directory's `protocol`, whether sessions may
+    identities from make_identities. `options`: the directory's `protocol`, whether sessions may
     `resume`, `settings` that override both configurations, and `environment`: that of the proxies,
     over this process's own.
     """
-    wishes = {"protocol": "detect", "resume": True, "settings": {}, "environment": {}} | (
-        wishes or {}
+    options = {"protocol": "detect", "resume": True, "settings": {}, "environment": {}} | (
+        options or {}
     )
     ports = {
         name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")
@@ -185,7 +185,7 @@ def isthmus_pair(
     services = [
         {
             "name": "server",
-            "ports": [{"port": ports["inbound"], "protocol": wishes["protocol"]}],
+            "ports": [{"port": ports["inbound"], "protocol": options["protocol"]}],
             "endpoints": [{"address": HOST, "identity": "spiffe://perf.test/ns/perf/sa/server"}],
         }
     ]
@@ -198,11 +198,11 @@ def isthmus_pair(
         },
     }
     commands = {}
-    environment = cast("dict[str, str]", wishes["environment"])
+    environment = cast("dict[str, str]", options["environment"])
     for name, config in configs.items():
-        if not wishes["resume"]:
+        if not options["resume"]:
             config["identity"]["session_lifetime"] = 0
-        config.update(cast("dict[str, Any]", wishes["settings"]))
+        config.update(cast("dict[str, Any]", options["settings"]))
         path = folder / f"{name}.yaml"
         path.write_text(json.dumps(config))
         commands[name] = [

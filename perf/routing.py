@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from ipaddress import ip_network
 
+from lab.console import print_table
 from proxy.balancing.balancer import Balancer
 from proxy.directory import Directory, Target, parse
 from proxy.net.address import Address
@@ -138,12 +139,13 @@ def made(services: int) -> Router:
 
 def main() -> None:
     few, many = made(1), made(10_000)
-    print(f"\n{'µs a request':<28} {'1 service':>10} {'10,000':>10} {'ratio':>7}")
+    rows = []
     for one, other in zip(cases(1), cases(10_000), strict=True):
         # Taking turns, and the best of each: a disturbance affects both.
         rounds = [(seconds(few, one), seconds(many, other)) for _ in range(ROUNDS)]
         small, large = (min(times) * 1e6 for times in zip(*rounds, strict=True))
-        print(f"{one.what:<28} {small:>10.2f} {large:>10.2f} {large / small:>7.2f}")
+        rows.append([one.what, *(f"{figure:.2f}" for figure in (small, large, large / small))])
+    print_table(["µs a request", "1 service", "10,000", "ratio"], rows)
 
 
 if __name__ == "__main__":

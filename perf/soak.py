@@ -76,7 +76,7 @@ async def _proxy(address: str) -> None:
 
 async def _answer(peer: Peer2, number: int, message: Answer) -> None:
     await echo2(peer, number, message)
-    peer.told.clear()
+    peer.opened_by_peer.clear()
     for gone in [n for n, known in peer.messages.items() if known.reset is not None]:
         del peer.messages[gone]
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from lab.console import print_table
 from perf.pair import (
     HOST,
     Pair,
@@ -140,18 +141,26 @@ def requests() -> None:
             f"{CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s, median (lowest - highest)"
         )
         base = statistics.median(cpu["off"])
+        rows = []
         for name, values in cpu.items():
             p50, p99 = (
                 statistics.median(found[which] for found in latency[name]) for which in (0, 1)
             )
             mid = statistics.median(values)
-            line = (
-                f"{mid:6.0f} us of CPU per request and hop ({min(values):.0f} - {max(values):.0f}),"
-                f" {mid / base:.2f} times"
+            rows.append(
+                [
+                    name,
+                    f"{mid:.0f}",
+                    f"({min(values):.0f} - {max(values):.0f})",
+                    f"{mid / base:.2f} x",
+                    f"{p50:.2f}",
+                    f"{p99:.2f}",
+                ]
             )
-            print(f"  {name:20} {line}; p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+        head = ["tracing", "CPU us per request and hop", "(lowest - highest)", "of off"]
+        print_table([*head, "p50 ms", "p99 ms"], rows)
         print(
-            "  memory: "
+            "memory: "
             + ", ".join(
                 f"{name} {pair.inbound.resident() / 2**20:.1f} MiB"
                 for name, pair in (("off", off), ("on", on))
@@ -234,6 +243,7 @@ def spans() -> None:
     print(
         f"the layer alone: the best of {REPEATS} rounds of {CALLS} calls, minus the best without it"
     )
+    rows = []
     for name, (call, without) in cases.items():
         took, alone = [], []
         for _ in range(REPEATS):
@@ -241,7 +251,8 @@ def spans() -> None:
             while len(queue):
                 time.sleep(0.001)  # the exporter takes spans as soon as they fill a batch
             alone.append(_timed(without))
-        print(f"  {name:24} {min(took) - min(alone):6.2f} us per request")
+        rows.append([name, f"{min(took) - min(alone):.2f}"])
+    print_table(["", "us per request"], rows)
 
 
 def _timed(call: Callable[[], None]) -> float:

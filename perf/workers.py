@@ -22,6 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.console import print_table
 from perf.pair import HOST, await_port, free_port, running, server, wrk
 
 WORKERS = (1, 2, 4)
@@ -120,6 +121,7 @@ def main() -> None:
             " median (lowest - highest)"
         )
         base = statistics.median(one.rate for one in found[1])
+        rows = []
         for workers, rounds in found.items():
             rates = sorted(one.rate for one in rounds)
             proxy, others = (
@@ -128,12 +130,20 @@ def main() -> None:
             )
             most = cores * 1e6 / (proxy + others)
             rate = statistics.median(rates)
-            print(
-                f"  {workers} workers: {rate:6.0f} requests/s ({rates[0]:.0f} - {rates[-1]:.0f}),"
-                f" {rate / base:.2f} times; {proxy:.0f} us of the proxy and {others:.0f} of client"
-                f" and server for each, so {most:.0f} at most;"
-                f" {memory(proxies[workers][1]):.0f} MiB"
+            rows.append(
+                [
+                    str(workers),
+                    f"{rate:.0f}",
+                    f"({rates[0]:.0f} - {rates[-1]:.0f})",
+                    f"{rate / base:.2f} x",
+                    *(f"{value:.0f}" for value in (proxy, others, most)),
+                    f"{memory(proxies[workers][1]):.0f}",
+                ]
             )
+        head = ["workers", "requests/s", "(lowest - highest)", "of one worker"]
+        # CPU time for each request; at most: if it were all that limits the rate
+        head += ["us of the proxy", "us of the others", "at most/s", "RSS MiB"]
+        print_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Edge:
                 self.idle.set()
 
     async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Serve one request. False: the connection ends behind it."""
+        """Serve one request. False: the connection ends after it."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = dict(line.lower().split(": ", 1) for line in head[1:] if line)
         _, target, version = head[0].split()

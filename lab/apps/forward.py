@@ -23,9 +23,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # the name that the base class calls
         if self.path == "/asked":
-            self._answer(200, [], str(self.server.asked).encode())
+            self._answer(200, [], str(self.server.requests).encode())
             return
-        self.server.asked += 1
+        self.server.requests += 1
         next_hop = http.client.HTTPConnection(sys.argv[2], timeout=20)
         try:
             next_hop.request("GET", self.path, headers=dict(_passed(list(self.headers.items()))))
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
 
     address_family = socket.AF_INET6
     daemon_threads = True
-    asked = 0
+    requests = 0
 
 
 if __name__ == "__main__":

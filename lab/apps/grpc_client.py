@@ -117,16 +117,16 @@ def gone(host: str, port: int) -> Result:
     return _status(lambda: Shop(host, port).unary_unary("Name")(b"", timeout=10))
 
 
-def _explained(call: Callable[..., Result]) -> Callable[..., Result]:
-    def explained(*arguments: Any) -> Result:
+def _reporting_errors(call: Callable[..., Result]) -> Callable[..., Result]:
+    def wrapped(*arguments: Any) -> Result:
         try:
             return call(*arguments)
         except grpc.RpcError as error:
             return {"error": f"{error.code().name}: {error.details()}"}
 
-    return explained
+    return wrapped
 
 
 CALLS: dict[str, Callable[..., Result]] = {
-    f"grpc-{call.__name__}": _explained(call) for call in (kinds, spread, impatient, gone)
+    f"grpc-{call.__name__}": _reporting_errors(call) for call in (kinds, spread, impatient, gone)
 }

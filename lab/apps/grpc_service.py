@@ -1,7 +1,7 @@
 """A gRPC server (package grpcio), without generated code: messages are bytes, as they are for any
 gRPC server below its generated part.
 
-Name    unary                    what the server was told to call itself
+Name    unary                    the name of the server, from its command line
 Echo    unary                    the request
 Count   server streaming         b"3" -> b"1", b"2", b"3"
 Sum     client streaming         how many messages and bytes came, and the SHA-256 of all, as JSON
@@ -69,11 +69,11 @@ class Shop:
     def serving_wait(self, request: bytes, context: Context) -> Iterator[bytes]:
         began, over, left = time.monotonic(), threading.Event(), context.time_remaining()
         word = request.decode()
-        say(f"{word}: {f'{left:.2f} s left' if left is not None and left < 1e6 else 'no deadline'}")
+        log(f"{word}: {f'{left:.2f} s left' if left is not None and left < 1e6 else 'no deadline'}")
         context.add_callback(over.set)
         yield self._name.encode()
         over.wait()
-        say(f"{word}: over after {time.monotonic() - began:.2f} s, active: {context.is_active()}")
+        log(f"{word}: over after {time.monotonic() - began:.2f} s, active: {context.is_active()}")
 
     def unary_fail(self, request: bytes, context: Context) -> bytes:
         number, _, words = request.decode().partition(" ")
@@ -110,7 +110,7 @@ _KINDS = {
 }
 
 
-def say(words: str) -> None:
+def log(words: str) -> None:
     """Print one line for the reader of the server's output."""
     print(words, flush=True)
 

@@ -92,7 +92,7 @@ def ask(connections: dict[str, http.client.HTTPConnection], url: str, tally: Tal
 
 
 def main(folder: Path, clients: int, pause: float, urls: list[str]) -> None:
-    """Run until told to stop."""
+    """Run until SIGTERM, or until the file `stop` exists."""
     tally, ended = Tally(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
 

@@ -18,7 +18,7 @@ CNI_PLUGINS = "/usr/lib/cni"  # where Debian has them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a node is told when it starts.
+    """The settings of a node.
 
     `state` is its directory, `programs` that of the binaries, `logs` that of the logs, `cgroup` its
     cgroup from the root of each hierarchy. The flags are added to those of the components.

@@ -53,26 +53,26 @@ def run(command: Sequence[str]) -> int:
     sweep()
     with _claimed() as (place, lock):
         os.environ[ENV_RUN] = str(place)
-        held, told = os.pipe()
+        watch_end, release_end = os.pipe()
         reader, done = os.pipe()
-        janitor = [sys.executable, "-m", "lab.kube.guard", place.name, str(held), str(lock)]
+        janitor = [sys.executable, "-m", "lab.kube.guard", place.name, str(watch_end), str(lock)]
         environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
         # No output: a program that reads ours would otherwise wait for the janitor too.
         with subprocess.Popen(
             janitor,
-            pass_fds=(held, lock, done),
+            pass_fds=(watch_end, lock, done),
             start_new_session=True,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
-            for fd in (held, done):
+            for fd in (watch_end, done):
                 os.close(fd)
             try:
                 return sandbox.run(command)
             finally:
-                os.close(told)
+                os.close(release_end)
                 os.read(reader, 1)  # until the janitor has ended
                 os.close(reader)
                 process.wait()
@@ -139,8 +139,8 @@ def main() -> None:
     """The janitor: `guard RUN FD LOCK`."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    run, held = sys.argv[1], int(sys.argv[2])
-    os.read(held, 1)  # returns when no process holds the other end any more
+    run, watch_end = sys.argv[1], int(sys.argv[2])
+    os.read(watch_end, 1)  # returns when no process holds the other end any more
     clean(run)
 
 

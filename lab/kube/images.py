@@ -90,28 +90,28 @@ class Builder:
         LabError when a step fails."""
         ignore_file = context / ".dockerignore"
         ignore = Ignore(ignore_file.read_text() if ignore_file.exists() else "")
-        made: dict[str, Built] = {}
+        stages: dict[str, Built] = {}
         built = Built("")
         for number, stage in enumerate(dockerfile.stages(file.read_text())):
-            built = self._from(stage.base, made)
+            built = self._from(stage.base, stages)
             build = _Stage(
                 self,
                 built,
-                made,
+                stages,
                 Context(context, ignore),
                 self._log / f"{context.name}-{number}.log",
             )
             build.log.unlink(missing_ok=True)
             for step in stage.steps:
                 build.run(step)
-            made[str(number)] = built
+            stages[str(number)] = built
             if stage.name:
-                made[stage.name] = built
+                stages[stage.name] = built
         return built
 
-    def _from(self, name: str, made: Mapping[str, Built]) -> Built:
-        if name in made:
-            other = made[name]
+    def _from(self, name: str, stages: Mapping[str, Built]) -> Built:
+        if name in stages:
+            other = stages[name]
             return Built(
                 other.key,
                 list(other.layers),
@@ -151,19 +151,24 @@ class _Stage:
     """One stage while its steps run."""
 
     def __init__(
-        self, builder: Builder, built: Built, made: Mapping[str, Built], context: Context, log: Path
+        self,
+        builder: Builder,
+        built: Built,
+        stages: Mapping[str, Built],
+        context: Context,
+        log: Path,
     ) -> None:
         self._store = builder.store
         self._built = built
-        self._made = made
+        self._stages = stages
         self._context = context
-        self._shown = ""
+        self._step_text = ""
         self.log = log
 
     def run(self, step: Step) -> None:
         """Do one step."""
         built = self._built
-        self._shown = f"{step.name} {step.text}"[:120]
+        self._step_text = f"{step.name} {step.text}"[:120]
         match step.name:
             case "ENV":
                 built.env |= dockerfile.pairs(step, built.env)
@@ -228,7 +233,7 @@ class _Stage:
         under = tuple(built.layers)
 
         def make(upper: Path) -> None:
-            print(f"  {self._shown}", flush=True)
+            print(f"  {self._step_text}", flush=True)
             self._store.run(under, upper, script, self.log)
 
         built.layers.append(self._store.layer(built.key, make))
@@ -288,9 +293,9 @@ class _Stage:
                 shutil.copystat(origin, place, follow_symlinks=False)
 
     def _copy_stage(self, step: Step, copy: dockerfile.Copy, stage: str, target: str) -> None:
-        if stage not in self._made:
+        if stage not in self._stages:
             raise DockerfileError(f"line {step.line}: there is no stage {stage}")
-        other = self._made[stage]
+        other = self._stages[stage]
         self._built.next(step.name, step.text, other.key)
         if not self._built.layers:
             raise DockerfileError(

@@ -157,10 +157,10 @@ def _mount(*arguments: str) -> None:
 
 def run(own: Settings) -> None:
     """Run the node until SIGTERM."""
-    waker, wakened = socket.socketpair()
-    waker.setblocking(False)
-    wakened.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())
+    wake_writer, wake_reader = socket.socketpair()
+    wake_writer.setblocking(False)
+    wake_reader.setblocking(False)
+    signal.set_wakeup_fd(wake_writer.fileno())
     ended = False
 
     def end(*_: object) -> None:
@@ -175,14 +175,14 @@ def run(own: Settings) -> None:
     node = Node(own)
     node.start_all()
     with selectors.DefaultSelector() as selector:
-        selector.register(wakened, selectors.EVENT_READ)
+        selector.register(wake_reader, selectors.EVENT_READ)
         selector.register(listener, selectors.EVENT_READ)
         while not ended:
             for key, _ in selector.select(node.wait_time()):
                 if key.fileobj is listener:
                     _serve(node, listener)
                 else:
-                    wakened.recv(4096)
+                    wake_reader.recv(4096)
             node.collect()
             node.start_due()
 

@@ -123,7 +123,7 @@ def apply(item: Json, wanted: Json, manager: str, *, force: bool) -> Json:
     return item
 
 
-def shown(item: Json) -> Json:
+def without_owners(item: Json) -> Json:
     """An object as clients see it, without its field owners."""
     return {name: value for name, value in item.items() if name != _OWNERS}
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lab.kube_api.changes import matches_fields, matches_labels, shown
+from lab.kube_api.changes import matches_fields, matches_labels, without_owners
 from lab.kube_api.store import Json, Problem
 
 
@@ -51,7 +51,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ApiRequest:
     """A request."""
 
     method: str
@@ -72,12 +72,12 @@ def selected(item: Json, query: dict[str, str]) -> bool:
     )
 
 
-def view(item: Json, asked: Asked) -> Json:
+def view(item: Json, request: ApiRequest) -> Json:
     """An object in the form that was asked for."""
-    if "PartialObjectMetadata" in asked.accept:
+    if "PartialObjectMetadata" in request.accept:
         return {
             "kind": "PartialObjectMetadata",
             "apiVersion": "meta.k8s.io/v1",
             "metadata": item["metadata"],
         }
-    return shown(item)
+    return without_owners(item)

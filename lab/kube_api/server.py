@@ -16,8 +16,8 @@ import h11
 import trio
 import trio.testing
 
-from lab.kube_api.changes import apply, check_fields, merge, shown
-from lab.kube_api.requests import Asked, Behaviour, Fault, refuse, selected, view
+from lab.kube_api.changes import apply, check_fields, merge, without_owners
+from lab.kube_api.requests import ApiRequest, Behaviour, Fault, refuse, selected, view
 from lab.kube_api.store import KINDS, Json, Key, Kind, Problem, Store
 from lab.kube_api.watches import Watch
 
@@ -70,27 +70,27 @@ class ApiServer:
 
     # Answers
 
-    def answer(self, asked: Asked) -> Json:
+    def answer(self, request: ApiRequest) -> Json:
         """Answer a request that is not a watch. Raises Problem."""
-        parts = [unquote(part) for part in asked.path.strip("/").split("/")]
+        parts = [unquote(part) for part in request.path.strip("/").split("/")]
         if parts[0] == "api":
             api, rest = parts[1], parts[2:]
         else:
             api, rest = "/".join(parts[1:3]), parts[3:]
         if api in ("authentication.k8s.io/v1", "authorization.k8s.io/v1"):
-            return self._review(rest[0], json.loads(asked.body))
+            return self._review(rest[0], json.loads(request.body))
         kind, namespace, name, subresource = self._found(api, rest)
         if name:
-            return self._one(asked, kind, (namespace, name), subresource)
-        if asked.method == "POST":
-            return shown(self.store.create(kind, namespace, json.loads(asked.body)))
-        if asked.method != "GET":
+            return self._one(request, kind, (namespace, name), subresource)
+        if request.method == "POST":
+            return without_owners(self.store.create(kind, namespace, json.loads(request.body)))
+        if request.method != "GET":
             raise Problem(
                 405,
                 "MethodNotAllowed",
                 "the server does not allow this method on the requested resource",
             )
-        return self._list(asked, kind, namespace)
+        return self._list(request, kind, namespace)
 
     def _found(self, api: str, rest: list[str]) -> tuple[Kind, str, str, str]:
         namespace = ""
@@ -103,22 +103,22 @@ class ApiServer:
             raise Problem(403, "Forbidden", f"{kind.plural} is forbidden: no rights")
         return kind, namespace, rest[1] if len(rest) > 1 else "", rest[2] if len(rest) > 2 else ""
 
-    def watched(self, asked: Asked) -> tuple[Kind, str]:
+    def watched(self, request: ApiRequest) -> tuple[Kind, str]:
         """Kind and namespace of a watch. Raises Problem."""
-        parts = asked.path.strip("/").split("/")
+        parts = request.path.strip("/").split("/")
         api, rest = (
             (parts[1], parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
         )
         kind, namespace, _, _ = self._found(api, rest)
         return kind, namespace
 
-    def _one(self, asked: Asked, kind: Kind, key: Key, subresource: str) -> Json:
-        if asked.method == "GET":
-            return view(self.store.get(kind, key), asked)
-        body: Json = json.loads(asked.body or b"{}")
+    def _one(self, request: ApiRequest, kind: Kind, key: Key, subresource: str) -> Json:
+        if request.method == "GET":
+            return view(self.store.get(kind, key), request)
+        body: Json = json.loads(request.body or b"{}")
         status = subresource == "status"
-        if asked.method == "PUT":
-            return shown(
+        if request.method == "PUT":
+            return without_owners(
                 self.store.update(
                     kind,
                     key,
@@ -126,29 +126,36 @@ class ApiServer:
                     status=status,
                 )
             )
-        if asked.method == "DELETE":
-            return shown(self.store.delete(kind, key, body.get("preconditions", {}).get("uid", "")))
-        if asked.kind == "application/merge-patch+json":
-            return shown(self.store.update(kind, key, lambda old: merge(old, body), status=status))
-        if asked.kind == "application/apply-patch+yaml":
-            manager, force = asked.query.get("fieldManager", ""), asked.query.get("force") == "true"
+        if request.method == "DELETE":
+            return without_owners(
+                self.store.delete(kind, key, body.get("preconditions", {}).get("uid", ""))
+            )
+        if request.kind == "application/merge-patch+json":
+            return without_owners(
+                self.store.update(kind, key, lambda old: merge(old, body), status=status)
+            )
+        if request.kind == "application/apply-patch+yaml":
+            manager, force = (
+                request.query.get("fieldManager", ""),
+                request.query.get("force") == "true",
+            )
             if not manager:
                 raise Problem(
                     422, "Invalid", "fieldManager: Required value: is required for apply patch"
                 )
             if key not in self.store.objects[kind]:
-                return shown(
+                return without_owners(
                     self.store.create(kind, key[0], apply(dict(body), body, manager, force=force))
                 )
-            return shown(
+            return without_owners(
                 self.store.update(
                     kind, key, lambda old: apply(old, body, manager, force=force), status=status
                 )
             )
-        raise Problem(415, "UnsupportedMediaType", f"unsupported: {asked.kind}")
+        raise Problem(415, "UnsupportedMediaType", f"unsupported: {request.kind}")
 
-    def _list(self, asked: Asked, kind: Kind, namespace: str) -> Json:
-        query, store = asked.query, self.store
+    def _list(self, request: ApiRequest, kind: Kind, namespace: str) -> Json:
+        query, store = request.query, self.store
         if "sendInitialEvents" in query:
             raise Problem(
                 422,
@@ -188,11 +195,11 @@ class ApiServer:
                 "continue": base64.urlsafe_b64encode(token).decode(),
                 "remainingItemCount": len(items) - start - limit,
             }
-        partial = "PartialObjectMetadata" in asked.accept
+        partial = "PartialObjectMetadata" in request.accept
         name, api = (
             ("PartialObjectMetadata", "meta.k8s.io/v1") if partial else (kind.name, kind.api)
         )
-        views = [view(item, asked) for item in items[start : start + limit]]
+        views = [view(item, request) for item in items[start : start + limit]]
         if not partial:
             views = [
                 {name: value for name, value in item.items() if name not in ("kind", "apiVersion")}
@@ -225,37 +232,37 @@ class _Connection:
 
     async def run(self) -> None:
         while True:
-            asked = await self._request()
-            if asked is None:
+            request = await self._request()
+            if request is None:
                 return
-            self._server.log.append((asked.method, asked.target))
-            if await self._fault(asked):
+            self._server.log.append((request.method, request.target))
+            if await self._fault(request):
                 return
             try:
-                self._authenticate(asked)
-                if asked.query.get("watch") in ("1", "true"):
+                self._authenticate(request)
+                if request.query.get("watch") in ("1", "true"):
                     server = self._server
-                    await Watch(server.store, server.behaviour, asked, server.watched(asked)).run(
-                        self._send
-                    )
+                    await Watch(
+                        server.store, server.behaviour, request, server.watched(request)
+                    ).run(self._send)
                     return
-                await self._answer(200, self._server.answer(asked))
+                await self._answer(200, self._server.answer(request))
             except Problem as problem:
                 await self._answer(problem.code, problem.body)
             if self._http.our_state is not h11.DONE:
                 return
             self._http.start_next_cycle()
 
-    async def _fault(self, asked: Asked) -> bool:
+    async def _fault(self, request: ApiRequest) -> bool:
         faults = self._server.faults
-        fault = next((fault for fault in faults if fault.only in asked.target), None)
+        fault = next((fault for fault in faults if fault.only in request.target), None)
         if fault is None:
             return False
         faults.remove(fault)
         if fault.hang:
             await trio.sleep_forever()
         if fault.after is not None:
-            whole = json.dumps(self._server.answer(asked)).encode()
+            whole = json.dumps(self._server.answer(request)).encode()
             head = (
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 % len(whole)
@@ -265,12 +272,12 @@ class _Connection:
             await self._stream.send_all(fault.raw)
         return True
 
-    def _authenticate(self, asked: Asked) -> None:
+    def _authenticate(self, request: ApiRequest) -> None:
         tokens = self._server.behaviour.tokens
-        if tokens and asked.token not in tokens:
+        if tokens and request.token not in tokens:
             raise Problem(401, "Unauthorized", "Unauthorized")
 
-    async def _request(self) -> Asked | None:
+    async def _request(self) -> ApiRequest | None:
         head: h11.Request | None = None
         body = b""
         while True:
@@ -292,7 +299,7 @@ class _Connection:
             name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()
         }
         token = fields.get("authorization", "").removeprefix("Bearer ")
-        return Asked(
+        return ApiRequest(
             head.method.decode(),
             target,
             url.path,

@@ -9,7 +9,7 @@ from typing import Protocol
 import h11
 import trio
 
-from lab.kube_api.requests import Asked, Behaviour, selected, view
+from lab.kube_api.requests import ApiRequest, Behaviour, selected, view
 from lab.kube_api.store import Json, Kind, Problem, Record, Store
 
 BOOKMARKS = 60.0  # seconds between two bookmarks
@@ -25,19 +25,19 @@ class Watch:
     """One watch."""
 
     def __init__(
-        self, store: Store, behaviour: Behaviour, asked: Asked, of: tuple[Kind, str]
+        self, store: Store, behaviour: Behaviour, request: ApiRequest, of: tuple[Kind, str]
     ) -> None:
         """`of`: the kind of objects, and their namespace ("": all)."""
-        self._asked = asked
+        self._request = request
         self._store = store
         self._behaviour = behaviour
         self._kind, self._namespace = of
-        self._bookmarks = asked.query.get("allowWatchBookmarks") in ("1", "true")
+        self._bookmarks = request.query.get("allowWatchBookmarks") in ("1", "true")
 
     async def run(self, send: Send) -> None:
-        """Send the response until it ends. Raises Problem before the response has begun."""
+        """Send the response until it ends. Raises Problem before the response has started."""
         self._send = send
-        query, store = self._asked.query, self._store
+        query, store = self._request.query, self._store
         streaming = (
             query.get("sendInitialEvents") == "true" and self._behaviour.streaming != "unknown"
         )
@@ -81,8 +81,8 @@ class Watch:
         if not version:
             version = store.version
             for item in store.sorted(self._kind, self._namespace):
-                if selected(item, self._asked.query):
-                    await self._event("ADDED", view(item, self._asked))
+                if selected(item, self._request.query):
+                    await self._event("ADDED", view(item, self._request))
             if streaming:
                 await self._bookmark(version, {"k8s.io/initial-events-end": "true"})
         due = trio.current_time() + BOOKMARKS
@@ -108,8 +108,8 @@ class Watch:
         one = record.new or record.old or {}
         if self._namespace and one["metadata"].get("namespace") != self._namespace:
             return
-        before = record.old is not None and selected(record.old, self._asked.query)
-        now = record.new is not None and selected(record.new, self._asked.query)
+        before = record.old is not None and selected(record.old, self._request.query)
+        now = record.new is not None and selected(record.new, self._request.query)
         if not before and not now:
             return
         name = "MODIFIED" if before and now else "ADDED" if now else "DELETED"
@@ -119,10 +119,10 @@ class Watch:
                 **item,
                 "metadata": {**item["metadata"], "resourceVersion": str(record.version)},
             }
-        await self._event(name, view(item, self._asked))
+        await self._event(name, view(item, self._request))
 
     async def _bookmark(self, version: int, annotations: Json | None = None) -> None:
-        partial = "PartialObjectMetadata" in self._asked.accept
+        partial = "PartialObjectMetadata" in self._request.accept
         name, api = (
             ("PartialObjectMetadata", "meta.k8s.io/v1")
             if partial

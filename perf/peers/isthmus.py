@@ -23,13 +23,13 @@ def start(
     order: Order, *, packages: Sequence[Path] = (), fast: bool = True
 ) -> AbstractContextManager[Pair]:
     environment = {"PYTHONPATH": os.pathsep.join(map(str, packages)), **IMAGE_ENVIRONMENT}
-    wishes: dict[str, object] = {
+    options: dict[str, object] = {
         "protocol": "opaque" if order.kind == "tcp" else "detect",
         "resume": order.resume,
         "settings": {"fast_path": fast},
         "environment": environment if packages else {},
     }
-    return isthmus_pair(order.folder, order.server, wishes)
+    return isthmus_pair(order.folder, order.server, options)
 
 
 def missing(packages: Sequence[Path], _: Kind) -> str | None:

@@ -15,8 +15,10 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 
 import trio
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lab.cluster import Lab
+from lab.console import put, wide_console
 from lab.pod import ROOT
 from lab.process import LabError
 from lab.sandbox import available, command_line, inside
@@ -54,19 +56,32 @@ def texts(rows: Sequence[Row]) -> dict[str, str]:
 async def measure(only: frozenset[str]) -> list[Row]:
     """The rows of these names; each is printed as soon as it is measured."""
     rows = []
+    output = wide_console()
+    progress = Progress(
+        TextColumn("floods and faults"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=output,
+        transient=True,
+        disable=not output.is_interactive,
+    )
+    task = progress.add_task("", total=len(only))
 
     async def take(some: AsyncIterator[Row]) -> None:
         async for row in some:
-            print(row.line(), flush=True)
+            put(output, row.text())
+            progress.advance(task)
             rows.append(row)
 
-    if only & FLOODS:
-        async with bed() as place:
-            await take(floods.run(place, only))
-    if only & FAULTS:
-        with all_first():
-            async with Lab() as lab:
-                await take(faults.run(lab, only))
+    with progress:
+        if only & FLOODS:
+            async with bed() as place:
+                await take(floods.run(place, only))
+        if only & FAULTS:
+            with all_first():
+                async with Lab() as lab:
+                    await take(faults.run(lab, only))
     return rows
 
 

@@ -35,7 +35,7 @@ MIB = 2**20
 LIMIT = 256 * MIB  # memory limit of the attacked sidecar
 # A protected port; an open port whose server does not read; an open port whose server answers.
 WEB, STALL, OPEN = 8080, 8081, 8082
-CROWD = 4  # attacking pods, so that a limit per source address is not the only defence
+ATTACKER_PODS = 4  # attacking pods, so that a limit per source address is not the only defence
 CLIENTS = 3  # of the member
 # Real-time priorities.
 MEMBER_PRIORITY, PROBER_PRIORITY = 1, 2
@@ -58,7 +58,7 @@ class Bed:
     web: Pod
     shop: Pod
     kubelet: Pod
-    crowd: list[Pod]
+    attacker_pods: list[Pod]
     service: Service
     near: Sidecar  # of the member
     victim: Sidecar
@@ -75,7 +75,7 @@ class Bed:
     async def attack(self, attack: Attack, seconds: float) -> Counter[str]:
         """Attack from all attacking pods for `seconds`; returns their counts."""
         counts: Counter[str] = Counter()
-        numbers = [str(max(1, attack.connections // len(self.crowd))), str(attack.streams)]
+        numbers = [str(max(1, attack.connections // len(self.attacker_pods))), str(attack.streams)]
 
         async def run(pod: Pod) -> None:
             counts.update(
@@ -83,7 +83,7 @@ class Bed:
             )
 
         async with trio.open_nursery() as nursery:
-            for pod in self.crowd:
+            for pod in self.attacker_pods:
                 nursery.start_soon(run, pod)
         return counts
 
@@ -188,7 +188,7 @@ async def bed() -> AsyncIterator[Bed]:
             cluster = lab.cluster("soak")
             mesh = Mesh(cluster)
             web, shop, kubelet = (cluster.pod(name) for name in ("web", "shop", "kubelet"))
-            crowd = [cluster.pod(f"crowd{number}") for number in range(CROWD)]
+            attacker_pods = [cluster.pod(f"attacker{number}") for number in range(ATTACKER_PODS)]
             near = mesh.join(web, log={"access": False})
             rules = {"require_identity": [WEB], "opaque_ports": [], "hello_timeout": "500ms"}
             victim = mesh.join(
@@ -206,7 +206,7 @@ async def bed() -> AsyncIterator[Bed]:
             cgroup.add(victim.running().pid)
             _keep(victim.running().pid, own)
             await victim.wait_ready()
-            yield Bed(web, shop, kubelet, crowd, service, near, victim, cgroup)
+            yield Bed(web, shop, kubelet, attacker_pods, service, near, victim, cgroup)
 
 
 async def _app(pod: Pod, name: str, *arguments: str) -> Process:

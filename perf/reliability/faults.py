@@ -325,17 +325,17 @@ async def drained_server(lab: Lab) -> Measured:
     """A server that waits for its connections: how long it takes to end, with and without a
     sidecar. A native sidecar is stopped only after the application has ended.
     """
-    seconds = {"without a sidecar": await _drain(lab, sidecar=False, told=False)}
-    seconds["with one"] = await _drain(lab, sidecar=True, told=True)
-    seconds["with a native one"] = await _drain(lab, sidecar=True, told=False)
+    seconds = {"without a sidecar": await _drain(lab, sidecar=False, signal_sidecar=False)}
+    seconds["with one"] = await _drain(lab, sidecar=True, signal_sidecar=True)
+    seconds["with a native one"] = await _drain(lab, sidecar=True, signal_sidecar=False)
     slow = [name for name, each in seconds.items() if each > seconds["without a sidecar"] + 2]
     faults = (f"more than two seconds longer {' and '.join(slow)}",) if slow else ()
     return Measured(", ".join(f"{each:.1f} s {name}" for name, each in seconds.items()), faults)
 
 
-async def _drain(lab: Lab, *, sidecar: bool, told: bool) -> float:
-    """Seconds from SIGTERM to the end of the server. `told`: whether its sidecar gets the signal
-    too.
+async def _drain(lab: Lab, *, sidecar: bool, signal_sidecar: bool) -> float:
+    """Seconds from SIGTERM to the end of the server. `signal_sidecar`: whether its sidecar gets the
+    signal too.
     """
     cluster = lab.cluster(f"scene{next(_numbers)}")
     mesh = Mesh(cluster)
@@ -349,7 +349,7 @@ async def _drain(lab: Lab, *, sidecar: bool, told: bool) -> float:
         await trio.sleep(3)
         began = time.monotonic()
         app.signal(signal.SIGTERM)
-        if told:
+        if signal_sidecar:
             mesh.sidecars[pod.name].running().signal(signal.SIGTERM)
         with trio.move_on_after(60):
             await app.wait()

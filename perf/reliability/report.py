@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.text import Text
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 _MARKED = "<!-- {name}: written by `make soak` -->\n{text}<!-- end of {name} -->"
 
@@ -25,13 +27,15 @@ class Row:
     def held(self) -> bool:
         return not self.faults
 
-    def line(self) -> str:
+    def text(self) -> Text:
         """For the terminal."""
-        text = f"{'ok  ' if self.held else 'FAIL'} {self.name:<16} {' | '.join(self.cells[1:])}"
+        mark = Text("ok  ", "green") if self.held else Text("FAIL", "bold red")
+        text = Text.assemble(mark, f" {self.name:<16} {' | '.join(self.cells[1:])}")
         if self.faults:
-            text += f"\n     {'; '.join(self.faults)}"
+            text.append(f"\n     {'; '.join(self.faults)}")
         if self.notes:
-            text += f"\n     {', '.join(f'{name} {number}' for name, number in self.notes.items())}"
+            notes = ", ".join(f"{name} {number}" for name, number in self.notes.items())
+            text.append(f"\n     {notes}")
         return text
 
 

@@ -7,6 +7,9 @@ import pytest
 
 from lab.cluster import Cluster, Lab
 from lab.sandbox import inside
+from tests.lab.intercepted import a, b, close_accepted
+
+__all__ = ["a", "b", "close_accepted"]  # fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

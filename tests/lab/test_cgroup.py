@@ -1,5 +1,5 @@
-"""A memory cgroup bounds what a process may use, counts what the kernel has killed for it, and
-leaves nothing behind."""
+"""A memory cgroup bounds what a process may use, counts the processes that the kernel has killed
+for it, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def take(size: int, limit: int) -> tuple[int, int, int]:
     return found
 
 
-def test_a_process_within_its_limit_goes_on() -> None:
+def test_a_process_within_its_limit_keeps_running() -> None:
     code, kills, peak = take(32 * MIB, 128 * MIB)
     assert (code, kills) == (0, 0)
     assert 32 * MIB <= peak <= 128 * MIB

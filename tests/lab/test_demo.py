@@ -1,4 +1,4 @@
-"""The demonstration: it holds, it says so in its exit code, and its table fits a terminal."""
+"""The demonstration: its claims hold, its exit code reports that, and its table fits a terminal."""
 
 import io
 import subprocess
@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lab.report import WIDTH, Report, latency_line, percentile
+from lab.console import WIDTH
+from lab.report import Report, latency_line, percentile
 
 
 @pytest.mark.lab
@@ -68,7 +69,7 @@ def test_one_failure_or_no_proof_at_all_does_not_hold(held: tuple[bool, ...]) ->
     assert "NOT all proofs held" in text
 
 
-def test_what_is_shown_below_the_proofs_fits_too() -> None:
+def test_the_lines_below_the_proofs_fit_too() -> None:
     out = io.StringIO()
     made = Report(out=out, section="A section")
     made.prove("proof", "held", True)

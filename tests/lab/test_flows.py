@@ -1,9 +1,8 @@
-"""Looking at frames: flows are put together right, TLS is told from clear text, and damage is never
-taken for proof.
+"""Analysis of frames: flows are assembled correctly, TLS is distinguished from clear text, and
+damage is never taken for proof.
 
-Rules: frames are built here from scratch; TLS comes from the standard library talking to itself in
-memory.
-"""
+Rules: frames are built here from scratch. TLS comes from the standard library with both ends in
+memory."""
 
 import ipaddress
 import ssl
@@ -67,7 +66,8 @@ def tls13(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
 
 
 def handshake(paths: pytest.TempPathFactory, version: ssl.TLSVersion) -> tuple[bytes, bytes]:
-    """What client and server put on the wire when they say hello and `secret` to each other."""
+    """The frames of a client and a server that complete a handshake and send `secret` to each
+    other."""
     authority = Authority()
     issued = authority.issue(authority.identity("shop"))
     pem = paths.mktemp("tls") / "both.pem"
@@ -80,7 +80,7 @@ def handshake(paths: pytest.TempPathFactory, version: ssl.TLSVersion) -> tuple[b
     wires = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = contexts[0].wrap_bio(wires[1], wires[0], server_hostname="shop.example")
     server = contexts[1].wrap_bio(wires[0], wires[1], server_side=True)
-    # Each side's output is written down before the other reads it.
+    # Each side's output is recorded before the other reads it.
     seen = bytearray(), bytearray()
 
     def move() -> None:

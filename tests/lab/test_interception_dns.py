@@ -1,10 +1,9 @@
-"""Interception of DNS in a real kernel: which questions are captured, which are not, and what
-happens when nobody is there.
+"""Interception of DNS in a real kernel: which queries are captured, which are not, and what happens
+without a proxy.
 
-Rules: a socket on a proxy's port stands for the proxy, one in another pod for a resolver. Each
-capture is shown next to a question that is left alone, so that neither a ruleset which does nothing
-can pass nor one that takes everything.
-"""
+Rules: a socket on a proxy's port replaces the proxy, one in another pod a resolver. Each captured
+query is shown next to one that is not, so that neither a ruleset without effect nor one that
+captures everything can pass."""
 
 from __future__ import annotations
 
@@ -20,11 +19,10 @@ from proxy.intercept import nftables
 from proxy.intercept.nftables import Captured
 from proxy.net.accept import original_destination
 from proxy.net.address import Address
+from tests.lab.intercepted import LOOPBACK, VERSIONS
 
 pytestmark = pytest.mark.lab
 
-VERSIONS = pytest.mark.parametrize("version", [4, 6])
-LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 TCP, FIRST, SECOND = 4153, 4153, 4154
 
 
@@ -57,7 +55,7 @@ async def bound(pod: Pod, host: str, port: int, version: int) -> trio.socket.Soc
 
 
 async def arrives(asking: trio.socket.SocketType, at: trio.socket.SocketType) -> bool:
-    """Whether a datagram arrives there, and what is answered comes back as if from where it was
+    """Whether a datagram arrives there, and its response comes back from the address that it was
     sent to."""
     await asking.send(b"question")
     with trio.fail_after(30):
@@ -107,8 +105,8 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(
         with trio.fail_after(30):
             accepted = await listener.accept()
         async with accepted:
-            # trio's type does not say that a socket of its own wraps one of the standard library's,
-            # which is what a proxy asks.
+            # trio's type does not show that its socket wraps one of the standard library's, which a
+            # proxy needs.
             found = original_destination(
                 accepted.socket._sock, Address.of(accepted.socket.getsockname())
             )  # type: ignore[attr-defined]
@@ -116,7 +114,7 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(
 
 
 @VERSIONS
-async def test_without_a_proxy_programs_are_told_at_once(
+async def test_without_a_proxy_connections_fail_at_once(
     pod: Pod, resolvers: list[Pod], version: int
 ) -> None:
     install(pod, resolvers[:2])
@@ -133,14 +131,14 @@ async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captu
     pod: Pod, resolvers: list[Pod], version: int
 ) -> None:
     there = await bound(resolvers[0], resolvers[0].address(version), 53, version)
-    # Connection tracking has to know the flow: it begins with the first NAT chain.
+    # Connection tracking has to have the flow: it starts with the first NAT chain.
     pod.inside(lambda: nftables.apply(exemption()))
     old = await asking(pod, resolvers[0], version)
     assert await arrives(old, there)
     install(pod, resolvers[:2])
     here = await bound(pod, LOOPBACK[version], FIRST, version)
 
-    async def ask_again() -> None:  # the refusal is said by send() itself, or by recv()
+    async def ask_again() -> None:  # the refusal is raised by send() itself, or by recv()
         await old.send(b"question")
         await old.recv(100)
 

@@ -1,5 +1,5 @@
-"""Dockerfiles are read as Docker reads them, and what is not understood is refused: an image is
-never built with a step left out."""
+"""Dockerfiles are read as Docker reads them, and unknown syntax is refused: an image is never built
+with a step left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_our_own_files_are_understood(file: Path) -> None:
 
 
 def test_every_line_of_the_image_belongs_to_a_step() -> None:
-    """Words of the file that are in no comment are in a step, in the same order."""
+    """All words of the file outside of comments are in a step, in the same order."""
     text = (ROOT / "Dockerfile").read_text()
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith("#")]
     expected = " ".join(lines).replace("\\", " ").split()
@@ -45,7 +45,7 @@ def test_the_image_has_two_stages_of_one_pinned_base() -> None:
     assert stages[0].base.startswith("python:3.13-slim-trixie@sha256:")
 
 
-def test_a_comment_within_an_instruction_is_no_part_of_it() -> None:
+def test_a_comment_within_an_instruction_is_not_part_of_it() -> None:
     text = "FROM a\nRUN one \\\n    # why\n\n    && two\nCMD x\n"
     assert list(dockerfile.steps(text)) == [
         Step("FROM", "a", 1),
@@ -67,7 +67,7 @@ def test_a_comment_within_an_instruction_is_no_part_of_it() -> None:
         ("FROM a\nRUN x \\", 2),
     ],
 )
-def test_what_is_not_known_is_refused_with_its_line(text: str, line: int) -> None:
+def test_unknown_instructions_are_refused_with_their_line(text: str, line: int) -> None:
     with pytest.raises(DockerfileError, match=f"line {line}: "):
         dockerfile.stages(text)
 
@@ -123,7 +123,7 @@ def test_variables_are_those_set_before() -> None:
         (".git/config", True),
     ],
 )
-def test_our_ignore_file_lets_through_what_the_image_is_made_of(path: str, out: bool) -> None:
+def test_our_ignore_file_keeps_the_files_of_the_image(path: str, out: bool) -> None:
     assert Ignore((ROOT / ".dockerignore").read_text())(path) is out
 
 

@@ -1,5 +1,5 @@
-"""Layers hold what a step has changed, as image archives say it; a step whose input is the same is
-not run again."""
+"""Layers contain what a step has changed, in the format of image archives. A step whose input is
+the same is not run again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def names(layer: Layer) -> set[str]:
         return set(file.getnames())
 
 
-def test_a_layer_says_what_was_added_replaced_and_deleted(store: Store, tmp_path: Path) -> None:
+def test_a_layer_has_added_replaced_and_deleted_files(store: Store, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first = store.layer("1", _first)
     second = step(
@@ -123,7 +123,7 @@ def context(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_image_is_what_its_steps_say(tmp_path: Path, context: Path) -> None:
+def test_an_image_is_the_result_of_its_steps(tmp_path: Path, context: Path) -> None:
     built = Builder(tmp_path / "cache").build(context / "Dockerfile", context)
     assert built.settings() == {
         "Entrypoint": ["/bin/program"],
@@ -165,7 +165,7 @@ def test_a_base_that_cannot_be_put_together_is_named(tmp_path: Path, context: Pa
         Builder(tmp_path / "cache").build(context / "Dockerfile", context)
 
 
-def test_an_archive_has_each_layer_once_and_names_what_it_has_by_its_hash(
+def test_an_archive_has_each_layer_once_and_names_its_contents_by_hash(
     tmp_path: Path, context: Path
 ) -> None:
     builder = Builder(tmp_path / "cache")

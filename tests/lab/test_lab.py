@@ -1,8 +1,7 @@
 """Clusters, pods, programs, faults and captures.
 
-Rules: everything is real; every test gets a laboratory of its own, and what it leaves is looked for
-after its end.
-"""
+Rules: everything is real. Every test gets its own laboratory, and checks after its end that nothing
+is left."""
 
 from pathlib import Path
 
@@ -50,12 +49,12 @@ async def test_pods_of_a_cluster_reach_each_other_by_address_and_name(
 @pytest.mark.parametrize(
     ("user", "uid"), [(APP, 65534), (SIDECAR, 2102), (User(uid=1234), 1234), (OPERATOR, 0)]
 )
-async def test_programs_run_as_who_they_should_be(west: Cluster, user: User, uid: int) -> None:
+async def test_programs_run_as_the_right_user(west: Cluster, user: User, uid: int) -> None:
     done = await west.pod("a").run(["id", "-u"], user=user)
     assert done.text.strip() == str(uid)
 
 
-async def test_a_program_that_refuses_root_finds_itself_somebody_else(west: Cluster) -> None:
+async def test_a_program_that_refuses_root_runs_as_another_user(west: Cluster) -> None:
     done = await west.pod("a").run(["id", "-u"], user=User(never_root=True))
     assert done.text.strip() != "0"
 
@@ -122,7 +121,7 @@ async def test_a_cut_link_loses_packets_until_it_is_mended(west: Cluster) -> Non
         assert await stream.receive_some() == b"hello"
 
 
-async def test_a_capture_sees_clear_text_and_says_that_it_is_not_tls(
+async def test_a_capture_sees_clear_text_and_reports_that_it_is_not_tls(
     west: Cluster, tmp_path: Path
 ) -> None:
     a, b = west.pod("a"), west.pod("b")

@@ -1,8 +1,7 @@
-"""What the laboratory tells its proxies is what the product documents.
+"""What the laboratory writes for its proxies is what the product documents.
 
-Rules: the documents are read by the product's own reader, and they are those of laboratories that
-other tests build in the same way.
-"""
+Rules: the product's own reader reads the documents. They are those of laboratories that other tests
+build in the same way."""
 
 from typing import Any
 
@@ -85,7 +84,7 @@ async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_e
 
 
 def test_settings_laid_over_settings_leave_them_as_they_were() -> None:
-    """What all members share must not change with what one of them has of its own."""
+    """The settings that all members share must not change with the settings of one."""
     shared: dict[str, Any] = {"inbound": {"trusted_gateways": ["a"]}}
     merged: dict[str, Any] = {}
     merge(merged, shared)

@@ -1,9 +1,8 @@
-"""The sandbox: what is inside stays inside, and nothing stays behind.
+"""The sandbox: it changes nothing outside, and leaves nothing behind.
 
-Rules: the sandbox is run as a user runs it, as a command; what it leaves is looked for from
-outside, after its end or its death. These tests make sandboxes of their own, so they run outside of
-one as well as inside (namespaces nest).
-"""
+Rules: the sandbox is run as a command, as a user runs it. After its end or its death the tests
+check from outside what is left. These tests make their own sandboxes, so they run outside of one as
+well as inside (namespaces nest)."""
 
 import os
 import signal
@@ -122,8 +121,8 @@ def test_kill_9_of_the_outer_process_ends_everything_inside() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
-    # Blocked and waited for: a handler could be run within the very `print` before it, or before
-    # the `pause` that is to wait for it.
+    # Blocked and waited for: a handler could run within the very `print` before it, or before the
+    # `pause` that is to wait for it.
     code = (
         "import signal, sys\n"
         f"signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}])\n"
@@ -131,7 +130,7 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
         f"print('got', signal.sigwait([{number:d}]), flush=True)\n"
         f"sys.exit(5 if signal.sigtimedwait([{number:d}], 0.2) is None else 6)"
     )
-    # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+    # A shell starts background jobs with SIGINT ignored, and that is inherited.
     command = ["env", "--default-signal=INT", *COMMAND, sys.executable, "-c", code]
     outer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert outer.stdout is not None
@@ -144,8 +143,7 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
 
 @needs_sandbox
 def test_orphans_are_collected() -> None:
-    # Living or dead: one that has ended, and that nobody has collected, is shown as `sleep
-    # <defunct>`.
+    # Running or not: one that has ended, and was not waited for, is shown as `sleep <defunct>`.
     wait = "for i in $(seq 400); do ps -eo comm | grep -q sleep || { echo none left; break; }; done"
     done = run(f"for i in 1 2 3; do (sleep 0.05 &) ; done; sleep 0.3; {wait}")
     assert done.stdout.strip() == "none left"

@@ -1,5 +1,4 @@
-"""The collector of the laboratory and the tree that it shows, and the way that spans take out of
-the sandbox."""
+"""The collector of the laboratory, its tree of spans, and how spans leave the sandbox."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def test_the_tree_has_each_span_under_its_parent_in_the_order_of_time() -> None:
     assert any(line.strip(" |`-") == "service: default/x" for line in tree(spans))
 
 
-def test_spans_whose_parent_is_not_there_stand_at_the_left() -> None:
+def test_spans_whose_parent_is_missing_are_not_indented() -> None:
     assert [
         line[:3]
         for line in tree([span("a", "client", "1<9", 1), span("b", "client", "2<8", 2)])
@@ -53,7 +52,7 @@ def test_spans_whose_parent_is_not_there_stand_at_the_left() -> None:
     ] == ["GET", "GET"]
 
 
-def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: Path) -> None:
+def test_the_program_writes_decoded_and_raw_requests(tmp_path: Path) -> None:
     file = tmp_path / "spans"
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "lab.collector", str(port), str(file)])
@@ -73,7 +72,7 @@ def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: P
         process.wait(60)
 
 
-def test_what_is_handed_over_arrives_outside() -> None:
+def test_handed_over_requests_arrive_outside() -> None:
     program = (
         "import sys\nfrom lab.traces import forward_outside,"
         " hand_over\nforward_outside(sys.argv[1])\nassert hand_over(iter([b'', b'']))\nassert not"

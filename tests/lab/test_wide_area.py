@@ -1,9 +1,7 @@
-"""Clusters apart, joined by their gateways only.
+"""Separate clusters, joined only by their gateways.
 
-Rules: real packets; both IP versions; each way that must be closed is tried in earnest, with a
-route that an attacker might add; and each fault is shown by what both sides see of it, during it
-and after it.
-"""
+Rules: real packets; both IP versions. Each path that must be closed is tried with a route that an
+attacker might add. Each fault is shown by what both sides see of it, during it and after it."""
 
 import contextlib
 from collections.abc import Awaitable, Callable
@@ -27,8 +25,8 @@ GATE = 4143
 
 
 class Clusters:
-    """West's gateway is behind NAT, east's has an address of its own in the wide area; each cluster
-    has a pod besides."""
+    """West's gateway is behind NAT, east's has its own address in the wide area. Each cluster has
+    another pod."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -49,7 +47,8 @@ async def clusters(lab: Lab) -> Clusters:
 async def talk(
     pod: Pod, address: str, listener: trio.SocketListener, port: int = GATE
 ) -> tuple[str, str]:
-    """A byte there and back: the addresses by which the server knows the client and itself."""
+    """A byte there and back: returns the addresses of the client and of the server, as the server
+    sees them."""
     with trio.fail_after(30):
         stream = await pod.connect(address, port)
         accepted = await listener.accept()
@@ -64,13 +63,13 @@ async def talk(
 
 
 async def refused(connect: Callable[[], Awaitable[trio.SocketStream]]) -> None:
-    """The connection is answered by an error, at once, and not by silence."""
+    """The connection gets an error at once, and not a timeout."""
     with trio.fail_after(30), pytest.raises(OSError):
         await connect()
 
 
 async def silent(connect: Callable[[], Awaitable[trio.SocketStream]]) -> None:
-    """Nobody answers at all."""
+    """There is no response at all."""
     with trio.move_on_after(0.5) as scope:
         await connect()
     assert scope.cancelled_caught
@@ -104,12 +103,12 @@ async def test_pods_of_another_cluster_cannot_be_reached(clusters: Clusters, ver
 
 
 @versions
-async def test_not_even_when_everybody_on_the_way_routes_to_them(
+async def test_pods_of_another_cluster_are_unreachable_even_with_routes_on_the_path(
     clusters: Clusters, version: int
 ) -> None:
     await clusters.shop.listen(80, version)
     target, area = clusters.shop.address(version), clusters.lab.wide_area()
-    async with Capture(clusters.shop) as heard:
+    async with Capture(clusters.shop) as received:
         for way in (
             clusters.east_border.leg,
             clusters.leg,
@@ -122,11 +121,11 @@ async def test_not_even_when_everybody_on_the_way_routes_to_them(
             with trio.move_on_after(0.5), contextlib.suppress(OSError):
                 await clusters.web.connect(target, 80)
                 pytest.fail(f"reached over {way.name}")
-    assert not heard.flows(80)
+    assert not received.flows(80)
 
 
 @versions
-async def test_a_border_lets_in_only_what_was_published(clusters: Clusters, version: int) -> None:
+async def test_a_border_admits_only_published_ports(clusters: Clusters, version: int) -> None:
     outside = clusters.west_border.leg.address(version)
     await clusters.west_gateway.listen(80, version)
     await refused(lambda: clusters.shop.connect(outside, 80))
@@ -178,7 +177,7 @@ async def test_three_clusters_reach_each_others_gateways_in_every_direction(
 
 
 async def unreached(connect: Callable[[], Awaitable[trio.SocketStream]]) -> None:
-    """Nobody is reached; whether somebody on the way says so depends on the IP version."""
+    """The connection fails. Whether a router on the path reports it depends on the IP version."""
     with trio.move_on_after(0.5), contextlib.suppress(OSError):
         await connect()
         pytest.fail("connected")
@@ -201,7 +200,7 @@ async def test_a_fault_of_the_wide_area_ends_with_its_block(
 
 
 @pytest.mark.parametrize("fault", Fault)
-async def test_a_fault_stops_what_is_under_way_and_leaves_the_cluster_alone(
+async def test_a_fault_stops_transfers_in_progress_and_does_not_affect_the_cluster(
     clusters: Clusters, fault: Fault
 ) -> None:
     listener = await clusters.east_gateway.listen(GATE)

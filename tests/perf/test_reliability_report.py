@@ -1,5 +1,5 @@
-"""The tables of docs/reliability.md: what is written replaces what stood between the marks, and a
-row says what did not hold."""
+"""The tables of docs/reliability.md: new tables replace those between the marks, and a row reports
+what did not hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from perf.reliability.report import Row, table, write
 MARKED = "before\n<!-- floods: written by `make soak` -->\nold\n<!-- end of floods -->\nbehind\n"
 
 
-def test_a_table_replaces_what_stood_between_its_marks(
+def test_a_table_replaces_the_text_between_its_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = tmp_path / "reliability.md"
@@ -56,8 +56,8 @@ def test_a_row_says_whether_it_held() -> None:
         "| title | 1 | passed |",
         "| other | 2 | failed: too slow; killed |",
     ]
-    assert bad.line().startswith("FAIL b")
-    assert "too slow; killed" in bad.line()
+    assert bad.text().plain.startswith("FAIL b")
+    assert "too slow; killed" in bad.text().plain
 
 
 def test_a_half_can_be_measured_and_written_alone() -> None:

@@ -1,4 +1,4 @@
-"""Answers every GET with what it was asked, as JSON: `pod` (the host's name), `path`, `headers`
+"""Answers every GET with the request, as JSON: `pod` (the host's name), `path`, `headers`
 (names in lower case), `peer` (the address)."""
 
 import json
