@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import h11
 import trio
 
+from proxy.metric_families import CONTENT_TYPE
+
 _TEXT = "text/plain; charset=utf-8"
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +90,5 @@ class Admin:
                 else (200, _TEXT, b"ready\n")
             )
         if path == b"/metrics":
-            return 200, METRICS_TYPE, self._metrics()
+            return 200, CONTENT_TYPE, self._metrics()
         return 404, _TEXT, b"/live, /ready, /metrics\n"

@@ -30,9 +30,9 @@ from control.discovery.discovery import Discovery
 from control.kube.client import Client
 from control.kube.leases import Election
 from control.kube.objects import ObjectReference
-from control.kube.recorder import Recorder, Said
+from control.kube.recorder import EventContent, Recorder
 from control.kube.resources import Key
-from control.metrics import Parts, render
+from control.metrics import Metrics, Parts
 from proxy.directory.channel.messages import ALPN
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings, watch
 from proxy.net.address import Address
@@ -80,7 +80,7 @@ class Control:
         self.client = client
         settings = config.settings
         self.discovery = Discovery(
-            client, config.trust_domain, self._tell, settings.changes(), settings.watching()
+            client, config.trust_domain, self._on_changes, settings.changes(), settings.watching()
         )
         lease = config.namespace, settings.lease.name
         self.election = Election(client, lease, config.identity, settings.leadership())
@@ -98,7 +98,7 @@ class Control:
                 settings.proxies(),
                 About(config.identity, config.channel.networks, config.channel.domain),
             )
-        self._said: dict[Key, tuple[str, ...]] = {}
+        self._reported: dict[Key, tuple[str, ...]] = {}
 
     async def run(
         self,
@@ -108,7 +108,7 @@ class Control:
         """Run until SIGTERM or SIGINT, then release the lease. Owns the listeners of the admin
         pages and of the channel."""
         parts = Parts(self.discovery, self.election, self.recorder, self.client, self.channel)
-        admin = Admin(self.not_ready, lambda: render(parts), self.config.settings.listener())
+        admin = Admin(self.not_ready, Metrics(parts).render, self.config.settings.listener())
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:
@@ -161,8 +161,8 @@ class Control:
         _log.warning("%s", words)
 
     async def _lead(self) -> None:
-        self._said.clear()
-        self._say()
+        self._reported.clear()
+        self._report_problems()
         await self.recorder.run()
 
     def not_ready(self) -> str:
@@ -175,26 +175,26 @@ class Control:
             for reflector in missing
         )
 
-    def _tell(self, changes: Changes) -> None:
+    def _on_changes(self, changes: Changes) -> None:
         _log.debug(
             "changed: %d services, %d addresses of pods", len(changes.services), len(changes.pods)
         )
         if self.channel is not None:
             self.channel.changed(changes)
         if self.election.leading:
-            self._say()
+            self._report_problems()
 
-    def _say(self) -> None:
+    def _report_problems(self) -> None:
         """Write events about new problems."""
         problems = self.discovery.catalog.problems
         for key, found in problems.items():
             entry = self.discovery.catalog.services.get(key)
             for problem in found if entry is not None else ():
-                if problem not in self._said.get(key, ()):
+                if problem not in self._reported.get(key, ()):
                     about = ObjectReference(
                         "Service", key[0], key[1], entry.uid if entry is not None else "", "v1"
                     )
-                    self.recorder.say(
-                        Said(about, "EndpointNotUsed", problem, "Discover", warning=True)
+                    self.recorder.record(
+                        EventContent(about, "EndpointNotUsed", problem, "Discover", warning=True)
                     )
-        self._said = dict(problems)
+        self._reported = dict(problems)

@@ -6,8 +6,10 @@ import argparse
 import ipaddress
 import logging
 import os
+import resource
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -182,6 +184,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _main(config: ControlConfig, access: Access) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # the soft limit is often 1024; each proxy needs one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     control = Control(config, Client(access, config.settings.limits()))
     proxies = _bind(config.channel.listen) if config.channel is not None else []
     listeners = []

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from control.channel.server import Channel, ChannelCounts
+from control.channel.server import Channel
 from control.discovery.discovery import Discovery
 from control.kube.client import Client
 from control.kube.leases import Election
 from control.kube.recorder import Recorder
-
-PREFIX = "isthmus_control_"
+from proxy.metric_families import Families
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,109 +25,82 @@ class Parts:
     channel: Channel | None = None
 
 
-class _Collector:
-    """A collector of prometheus_client."""
+class Metrics:
+    """All metric families of one control plane."""
 
     def __init__(self, parts: Parts) -> None:
-        self._discovery = parts.discovery
-        self._election = parts.election
-        self._recorder = parts.recorder
-        self._client = parts.client
-        self._channel = parts.channel
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._reflectors()
-        yield from self._proxies(self._channel)
-        catalog = self._discovery.catalog
-        for name, text, value in (
-            ("services", "Services in the directory", len(catalog.services)),
-            ("meshed_addresses", "Addresses of pods that have a sidecar", len(catalog.pods)),
-            (
-                "services_with_problems",
-                "Services with a problem, such as a refused endpoint",
-                len(catalog.problems),
-            ),
-            ("leading", "Whether this replica is the leader", int(self._election.leading)),
-        ):
-            yield GaugeMetricFamily(PREFIX + name, text, value=value)
-        for name, text, value in (
-            ("api_requests", "Requests to the API server", self._client.requests),
-            (
-                "api_refusals",
-                "Requests that the API server answered with an error",
-                self._client.refusals,
-            ),
-            ("events_written", "Kubernetes events that were written", self._recorder.written),
-            (
-                "events_dropped",
-                "Kubernetes events that were dropped or could not be written",
-                self._recorder.dropped,
-            ),
-        ):
-            yield CounterMetricFamily(PREFIX + name, text, value=value)
-
-    @staticmethod
-    def _proxies(channel: Channel | None) -> Iterator[Metric]:
-        """All zero if there is no listener for proxies."""
-        counts = channel.counts if channel is not None else ChannelCounts()
-        views = channel.views if channel is not None else None
-        open_, subscriptions, updates = (
-            (channel.connections, channel.subscriptions, channel.updates)
-            if channel is not None
-            else (0, 0, 0)
+        self._parts = parts
+        self._families = families = Families("isthmus_control_")
+        counter, gauge = families.counter, families.gauge
+        self._objects = gauge("objects", "Known objects", "resource")
+        self._synced = gauge("synced", "Whether a list was complete once", "resource")
+        self._silence = gauge(
+            "silence_seconds", "Seconds since the API server last sent data", "resource"
         )
-        for name, text, value in (
-            ("proxies", "Proxies that are connected", open_),
-            ("subscriptions", "Entries that proxies follow, for each proxy", subscriptions),
-            ("topics", "Different entries that proxies follow", len(views.topics) if views else 0),
-        ):
-            yield GaugeMetricFamily(PREFIX + name, text, value=value)
-        for name, text, value in (
-            ("proxies_accepted", "Connections of proxies that were accepted", counts.accepted),
-            ("updates", "Entries that were sent to proxies", updates),
-            (
-                "contents_computed",
-                "Contents that were computed and encoded",
-                views.computed if views else 0,
-            ),
-        ):
-            yield CounterMetricFamily(PREFIX + name, text, value=value)
-        ended = CounterMetricFamily(
-            PREFIX + "proxies_ended", "Connections of proxies that have ended", labels=["reason"]
+        self._watch = counter(
+            "watch_total", "Lists, watches, events, failures and relists", "resource", "what"
         )
-        for reason, count in counts.ended.items():
-            ended.add_metric([reason], count)
-        yield ended
+        self._proxies = gauge("proxies", "Proxies that are connected")
+        self._subscriptions = gauge("subscriptions", "Entries that proxies follow, for each proxy")
+        self._topics = gauge("topics", "Different entries that proxies follow")
+        self._accepted = counter(
+            "proxies_accepted_total", "Connections of proxies that were accepted"
+        )
+        self._updates = counter("updates_total", "Entries that were sent to proxies")
+        self._contents = counter(
+            "contents_computed_total", "Contents that were computed and encoded"
+        )
+        self._ended = counter(
+            "proxies_ended_total", "Connections of proxies that have ended", "reason"
+        )
+        self._services = gauge("services", "Services in the directory")
+        self._meshed = gauge("meshed_addresses", "Addresses of pods that have a sidecar")
+        self._problems = gauge(
+            "services_with_problems", "Services with a problem, such as a refused endpoint"
+        )
+        self._leading = gauge("leading", "Whether this replica is the leader")
+        self._requests = counter("api_requests_total", "Requests to the API server")
+        self._refusals = counter(
+            "api_refusals_total", "Requests that the API server answered with an error"
+        )
+        self._written = counter("events_written_total", "Kubernetes events that were written")
+        self._dropped = counter(
+            "events_dropped_total", "Kubernetes events that were dropped or could not be written"
+        )
 
-    def _reflectors(self) -> Iterator[Metric]:
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format 0.0.4."""
+        self._observe_reflectors()
+        if self._parts.channel is not None:
+            self._observe_channel(self._parts.channel)
+        parts, catalog = self._parts, self._parts.discovery.catalog
+        self._services.at().set(len(catalog.services))
+        self._meshed.at().set(len(catalog.pods))
+        self._problems.at().set(len(catalog.problems))
+        self._leading.at().set(parts.election.leading)
+        self._requests.at().set(parts.client.requests)
+        self._refusals.at().set(parts.client.refusals)
+        self._written.at().set(parts.recorder.written)
+        self._dropped.at().set(parts.recorder.dropped)
+        return self._families.render()
+
+    def _observe_channel(self, channel: Channel) -> None:
+        self._proxies.at().set(channel.connections)
+        self._subscriptions.at().set(channel.subscriptions)
+        self._topics.at().set(len(channel.views.topics))
+        self._accepted.at().set(channel.counts.accepted)
+        self._updates.at().set(channel.updates)
+        self._contents.at().set(channel.views.computed)
+        for reason, count in channel.counts.ended.items():
+            self._ended.at(reason).set(count)
+
+    def _observe_reflectors(self) -> None:
         now = trio.current_time()
-        objects = GaugeMetricFamily(PREFIX + "objects", "Known objects", labels=["resource"])
-        synced = GaugeMetricFamily(
-            PREFIX + "synced", "Whether a list was complete once", labels=["resource"]
-        )
-        silence = GaugeMetricFamily(
-            PREFIX + "silence_seconds",
-            "Seconds since the API server last sent data",
-            labels=["resource"],
-        )
-        counted = CounterMetricFamily(
-            PREFIX + "watch",
-            "Lists, watches, events, failures and relists",
-            labels=["resource", "what"],
-        )
-        for reflector in self._discovery.reflectors:
-            name, counts = [reflector.resource.plural], reflector.counts
-            objects.add_metric(name, len(reflector.known))
-            synced.add_metric(name, int(reflector.synced.is_set()))
+        for reflector in self._parts.discovery.reflectors:
+            name, counts = reflector.resource.plural, reflector.counts
+            self._objects.at(name).set(len(reflector.known))
+            self._synced.at(name).set(reflector.synced.is_set())
             if reflector.synced.is_set():
-                silence.add_metric(name, max(0.0, now - reflector.heard))
+                self._silence.at(name).set(max(0.0, now - reflector.last_data))
             for what in ("lists", "watches", "events", "failures", "relists"):
-                counted.add_metric([*name, what], getattr(counts, what))
-        yield from (objects, synced, silence, counted)
-
-
-def render(parts: Parts) -> bytes:
-    """All metrics in the Prometheus text format."""
-    registry = CollectorRegistry()
-    registry.register(_Collector(parts))
-    return generate_latest(registry)
+                self._watch.at(name, what).set(getattr(counts, what))

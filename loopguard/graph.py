@@ -78,7 +78,7 @@ def _back_to(start: str, edges: Mapping[str, list[str]], group: frozenset[str]) 
     """The shortest path from a node of a component back to itself, by breadth-first search."""
     came_from: dict[str, str] = {}
     queue = deque([start])
-    while queue:
+    while True:  # each node of a component leads back to itself
         node = queue.popleft()
         for child in edges.get(node, ()):
             if child == start:
@@ -90,4 +90,3 @@ def _back_to(start: str, edges: Mapping[str, list[str]], group: frozenset[str]) 
             if child in group and child not in came_from:
                 came_from[child] = node
                 queue.append(child)
-    return (start, start)

@@ -6,7 +6,7 @@ not, why. Neither reports on the application, which has its own probes.
 
 Kubernetes restarts a pod whose /live does not answer, so an answer must not wait for the data path.
 To answer a probe, the thread only reads plain attributes that the main thread has set. The
-interpreter lock reaches this thread within a millisecond. Still, a stuck main thread must be
+interpreter lock reaches this thread within half a millisecond. Still, a stuck main thread must be
 detected. The main thread increments a counter twice a second (`Admin.run`), and this thread watches
 it: if it has not changed for `stall_timeout`, both probes fail. The time is counted in passes of
 this thread. So a process that was stopped (SIGSTOP) and continued is not reported as stuck.
@@ -37,11 +37,12 @@ from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler, Whole, st
 from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.layers import deadline, rescue
 from proxy.exchange.server_settings import Drain, ServerSettings
+from proxy.metric_families import CONTENT_TYPE
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.connection_slots import Bounds
 from proxy.net.disconnects import Disconnects
 from proxy.process.acceptors import admission, report
-from proxy.telemetry.metrics import CONTENT_TYPE, Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Headers, ResponseHead
 
 _log = logging.getLogger("isthmus.admin")
@@ -57,9 +58,9 @@ _REASONS: Final = {
 # Seconds between two increments of the main thread's counter.
 _BEAT = 0.5
 # How long (seconds) one thread may keep the interpreter lock while another waits. This thread takes
-# the lock again after each system call, about ten times per probe. With Python's default of 5 ms
-# that would be too slow while the data path is busy.
-_SWITCH = 0.001
+# the lock again after each system call, about ten times per probe. Python's default of 5 ms is too
+# slow for that while the data path is busy. With 1 ms, a probe took up to 124 ms in a flood.
+_SWITCH = 0.0005
 # How long (seconds) rendering waits for the main thread's gauges; after that it uses their previous
 # values.
 _REFRESH = 0.25

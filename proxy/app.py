@@ -67,7 +67,7 @@ from proxy.net.socket_stream import SocketStream
 from proxy.process.acceptors import acceptor, bounds_of, report
 from proxy.process.listeners import listen
 from proxy.process.load_directory import load_directory
-from proxy.process.memory import MemoryWatch, collect_seldom
+from proxy.process.memory import MemoryWatch, collect_seldom, limit_of_container
 from proxy.process.own_identity import OwnIdentity
 from proxy.process.shutdown import drain
 from proxy.routing.dispatch import Dispatcher
@@ -138,12 +138,14 @@ class App:
         self.config, self.spans, self.metrics = config, spans, metrics
         self.drain = Drain(disconnects=Disconnects().open())
         settings = Settings.of(config, self.drain.pacer)
-        self.memory = MemoryWatch(config, settings.downstream.streams, metrics)
+        self.memory = MemoryWatch(
+            config, limit_of_container(), settings.downstream.streams, metrics
+        )
         self.recorder = Recorder(
             metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget
         )
         self.own = OwnIdentity(config, metrics)
-        self.source = load_directory(config, self.own.current, self._dial)
+        self.source = load_directory(config, self.own, self._dial)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
@@ -328,8 +330,8 @@ class App:
         """The proxy's own addresses for the loop guard: the configured ones and those of the
         network interfaces.
         """
-        told = frozenset(map(str, self.config.pod.addresses))
-        return OwnListeners(self._ports, told | local_addresses())
+        configured = frozenset(map(str, self.config.pod.addresses))
+        return OwnListeners(self._ports, configured | local_addresses())
 
     async def _sweep(self) -> None:
         """Remove what has expired, about twice a second. Every `_SELDOM` sweeps also refresh the
@@ -337,17 +339,24 @@ class App:
         """
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
-            self.own.expiries.look()
-            await self.memory.look()
-            if turn % _SELDOM == 0:
-                fast_head.forget()
-                self.runtime.loops.listeners = self._own()
-                if self.names is not None:
-                    self.names.sweep()
-                self.runtime.balancer.sweep()
-                self.source.former.sweep(trio.current_time())
-            self.outbound_pools.sweep()
-            self.inbound_pools.sweep()
+            try:
+                await self._sweep_once(seldom=turn % _SELDOM == 0)
+            # error boundary: a bug in one part must not end the process
+            except Exception as error:
+                _log.error("internal error in a sweep", exc_info=error)
+
+    async def _sweep_once(self, *, seldom: bool) -> None:
+        self.own.expiries.look()
+        await self.memory.look()
+        if seldom:
+            fast_head.forget()
+            self.runtime.loops.listeners = self._own()
+            if self.names is not None:
+                self.names.sweep()
+            self.runtime.balancer.sweep()
+            self.source.former.sweep(trio.current_time())
+        self.outbound_pools.sweep()
+        self.inbound_pools.sweep()
 
     async def _dial(self, address: Address) -> SocketStream:
         return await self.runtime.dialer.dial(address)
@@ -383,6 +392,7 @@ class App:
         if self.names is not None:
             self.names.observe()
         self.metrics.former_identities.at().set(len(self.source.former))
+        self.metrics.directory.observe_losses(self.source.former.losses)
         if isinstance(self.source, ControlSource):
             self.metrics.directory.observe(self.source)
         self.metrics.set_waiting_spans(self.spans.waiting())

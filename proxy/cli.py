@@ -139,11 +139,11 @@ def _run(args: argparse.Namespace) -> int:
     from proxy.config.load import SETTLE, ConfigError, load
     from proxy.errors import StartError
 
-    said = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
+    overrides = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
     if args.workers is not None:
-        said["ISTHMUS_WORKERS"] = args.workers
+        overrides["ISTHMUS_WORKERS"] = args.workers
     try:
-        config = load(args.config, {**os.environ, **said}, SETTLE)
+        config = load(args.config, {**os.environ, **overrides}, SETTLE)
     except ConfigError as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE

@@ -25,11 +25,11 @@ class StartError(Exception):
 
 
 class IsthmusError(Exception):
-    """Base of the errors of a running proxy, except those of proxy/net and proxy/wire. `said`: the
-    Proxy-Status field of the proxy behind this one that reported the failure
+    """Base of the errors of a running proxy, except those of proxy/net and proxy/wire.
+    `received_status`: the Proxy-Status field of the proxy behind this one that reported the failure
     (exchange/reports.py)."""
 
-    said = b""
+    received_status = b""
 
 
 class RequestError(IsthmusError):
@@ -283,9 +283,9 @@ _MOST_READ = 4096
 def unanswered(headers: Headers) -> bool:
     """Whether a proxy generated this response because the destination was not reachable or did not
     answer. Reads at most `_MOST_READ` bytes of Proxy-Status."""
-    said = headers.get(b"proxy-status")
-    return said is not None and not _UNANSWERED.isdisjoint(
-        _ERROR.findall(_QUOTED.sub(b"", said[:_MOST_READ]))
+    received_status = headers.get(b"proxy-status")
+    return received_status is not None and not _UNANSWERED.isdisjoint(
+        _ERROR.findall(_QUOTED.sub(b"", received_status[:_MOST_READ]))
     )
 
 

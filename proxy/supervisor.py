@@ -136,9 +136,9 @@ class Life:
     process: trio.Process
     pipe: trio.SocketStream
     state: State | None = None  # the last state received; None while it is starting
-    asked: bool = False
+    question_open: bool = False
     missed: int = 0  # `look` calls since the unanswered question
-    heard: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    answered: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
     @property
     def silent_for(self) -> float:
@@ -147,7 +147,7 @@ class Life:
 
     async def look(self) -> None:
         """Ask it for its state, unless a question is still open; then count the miss."""
-        self.missed += self.asked
+        self.missed += self.question_open
         await self.ask()
 
     async def ask(self) -> None:
@@ -155,25 +155,25 @@ class Life:
         socket's buffer holds more than one question.
         """
         try:
-            if not self.asked:
-                self.asked = True
+            if not self.question_open:
+                self.question_open = True
                 await self.pipe.send_all(QUESTION)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the process has ended; `_life` handles that
 
-    async def listen(self, start: Start, hear: Callable[[State], None]) -> None:
+    async def listen(self, start: Start, on_state: Callable[[State], None]) -> None:
         """Send a new process its `Start`, then receive its states until it ends."""
         try:
             await send(self.pipe, start_message(start))
-            self.asked = True
+            self.question_open = True
             await self.pipe.send_all(QUESTION)
             while True:
                 self.state = msgspec.msgpack.decode(await receive(self.pipe), type=State)
-                self.asked, self.missed = False, 0
-                hear(self.state)
-                self.heard.unpark_all()
+                self.question_open, self.missed = False, 0
+                on_state(self.state)
+                self.answered.unpark_all()
         except (ProcessGone, trio.BrokenResourceError):
-            self.heard.unpark_all()
+            self.answered.unpark_all()
         except msgspec.MsgspecError:
             _log.exception("a worker sent an invalid message")
             self.process.kill()
@@ -221,7 +221,7 @@ class Supervisor:
         self.config = config
         self.workers = [Worker(number) for number in range(1, config.workers + 1)]
         self._metrics = metrics
-        self._totals = MergedMetrics()
+        self._totals = MergedMetrics(metrics.families.rules)
         self._share = share(config)
         self._secret = token_bytes(32)
         self._memory = make(config.workers)  # open as long as this process
@@ -342,7 +342,7 @@ class Supervisor:
                 worker.life = None
                 self._totals.gone(worker.number)
                 wipe(self._memory, worker.number)
-                life.heard.unpark_all()
+                life.answered.unpark_all()
         return process.returncode or 0
 
     def _hear(self, worker: Worker, state: State) -> None:
@@ -384,7 +384,7 @@ class Supervisor:
                 for worker in self.workers:
                     if worker.life is not None and worker.life.state is not None:
                         await worker.life.ask()
-                        nursery.start_soon(worker.life.heard.park)
+                        nursery.start_soon(worker.life.answered.park)
         done()
 
     # The methods below are also called by the thread of the administration listener.

@@ -37,7 +37,7 @@ def main(descriptor: int, memory: int) -> int:
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
     try:
-        told = read_start(trio.run(_first, sock.dup()))
+        start_message = read_start(trio.run(_first, sock.dup()))
     except (ProcessGone, OSError, trio.BrokenResourceError):
         return 0  # the supervisor is gone
 
@@ -46,11 +46,13 @@ def main(descriptor: int, memory: int) -> int:
             await answer(app, supervisor)
 
     worker = WorkerInfo(
-        told.number, told.secret, SharedConnectionTable(memory, told.number, told.secret)
+        start_message.number,
+        start_message.secret,
+        SharedConnectionTable(memory, start_message.number, start_message.secret),
     )
     os.close(memory)
     try:
-        return start(told.config, worker, beside)
+        return start(start_message.config, worker, beside)
     except StartError as error:
         sys.stderr.write(f"isthmus: {error}\n")
         return error.code

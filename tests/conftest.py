@@ -1,28 +1,26 @@
-"""What holds for every test: in CI, a test that needs namespaces or a real peer may not be
-skipped."""
+"""Hooks for all tests: in CI, a test that needs namespaces or a real peer may not be skipped."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.kit.build import COMPILED
 from tests.kit.library import AWS_LC
 
-# Tests that several files have in common.
+# Tests that several files share.
 pytest.register_assert_rewrite("tests.control.rules")
 
-# How long an example takes says how busy the machine is, and nothing about the code.
+# The duration of an example depends on the load of the machine, not on the code.
 settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")
 
 
-# The modules that take longest, of each run of `make test`. They start first: a process that started
-# one of them last would run alone for minutes.
+# The modules that take longest, of each run of `make test`. They start first: a process that
+# started one of them last would run alone for minutes.
 LONG = (
     "both_paths/test_h2_plays.py",
     "both_paths/test_plays.py",
@@ -41,29 +39,17 @@ LONG = (
 )
 
 
-# The tests of a module in these folders share running pods. They keep the order of the file.
-IN_ORDER = ("tests/e2e/", "tests/lab/")
-_position = pytest.StashKey[int]()
-_positions = count()
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
-    item.stash[_position] = next(_positions)
+    # Coverage does not count what random examples reach: it would differ from run to run. And the
+    # tracer would cost most here.
+    if is_hypothesis_test(getattr(item, "obj", None)):
+        item.add_marker("no_cover")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the long modules first, and keep the order within some. Otherwise the random order
-    stays."""
-    modules = {item.nodeid.partition("::")[0]: number for number, item in enumerate(items)}
-
-    def key(item: pytest.Item) -> tuple[bool, int, int]:
-        module = item.nodeid.partition("::")[0]
-        keeps = module.startswith(IN_ORDER)
-        return not module.endswith(LONG), modules[module], item.stash[_position] if keeps else 0
-
-    items.sort(key=key)
+    """Start the long modules first. Otherwise the random order stays."""
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
 
 
 def pytest_configure() -> None:

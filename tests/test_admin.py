@@ -1,10 +1,9 @@
-"""The administration listener of a whole proxy in this process, asked by threads: as probes and
-scrapers are, they are elsewhere.
+"""The administration listener of a whole proxy in this process. Threads send the requests, because
+probes and scrapers are outside of the main thread too.
 
-Rules: whatever the main thread does, a probe is answered within 100 ms, and one that is stuck is
-said to be; whoever only holds connections keeps no probe out; one text of metrics is given to all
-who ask within its age, compressed for those who can read that.
-"""
+Rules: whatever the main thread does, a probe is answered within 100 ms, and a stuck main thread is
+reported. Clients that only hold connections do not block probes. One text of metrics is sent to all
+that ask within its lifetime, compressed for those that accept that."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ async def elsewhere(what: Callable[..., T], *arguments: Any) -> T:
 def ask(
     port: int, path: str, source: str = HOST, **fields: str
 ) -> tuple[int, bytes, http.client.HTTPMessage]:
-    """One request on a connection of its own, from this address."""
+    """One request on its own connection, from this address."""
     connection = http.client.HTTPConnection(
         HOST, port, timeout=PATIENCE, source_address=(source, 0)
     )
@@ -74,7 +73,7 @@ def ask(
 
 
 async def becomes(port: int, status: int) -> bool:
-    """Whether /live is answered so, sooner or later."""
+    """Wait until /live has this answer; returns whether it got it in time."""
     for _ in range(1000):
         if (await elsewhere(ask, port, "/live"))[0] == status:
             return True
@@ -83,7 +82,7 @@ async def becomes(port: int, status: int) -> bool:
 
 
 class Probing:
-    """Asks for /live and /ready again and again."""
+    """Requests /live and /ready again and again."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -114,7 +113,7 @@ def count(app: App, name: str, **labels: str) -> float:
 
 @contextmanager
 def silent(port: int, number: int, source: str = HOST) -> Any:
-    """Connections that say nothing."""
+    """Connections that send nothing."""
     sockets = [socket.create_connection((HOST, port), PATIENCE, (source, 0)) for _ in range(number)]
     try:
         yield sockets
@@ -124,7 +123,7 @@ def silent(port: int, number: int, source: str = HOST) -> Any:
 
 
 def ends(sock: socket.socket) -> bytes:
-    """What comes until the other side ends the connection, by whatever means."""
+    """All bytes until the other side ends the connection in any way."""
     data = b""
     try:
         while piece := sock.recv(65536):
@@ -137,7 +136,7 @@ def ends(sock: socket.socket) -> bytes:
 async def test_probes_are_answered_while_the_main_thread_does_something_else(
     tmp_path: Path,
 ) -> None:
-    """Half of the time it calls what waits without the interpreter, half of the time it
+    """Half of the time it calls what waits without the interpreter lock, half of the time it
     computes."""
     async with running(tmp_path) as (_, port):
         with Probing(port) as probing:
@@ -150,7 +149,7 @@ async def test_probes_are_answered_while_the_main_thread_does_something_else(
     assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 0.1
 
 
-async def test_a_main_thread_that_is_stuck_is_said_to_be_and_forgiven_when_it_goes_on(
+async def test_a_stuck_main_thread_is_reported_until_it_runs_again(
     tmp_path: Path,
 ) -> None:
     async with running(tmp_path, stall_timeout="1s") as (_, port):
@@ -173,7 +172,7 @@ async def test_metrics_can_be_read_while_the_main_thread_is_stuck(tmp_path: Path
         assert b"isthmus_build_info" in found[0]
 
 
-async def test_what_only_holds_connections_keeps_no_probe_out(tmp_path: Path) -> None:
+async def test_clients_that_only_hold_connections_block_no_probe(tmp_path: Path) -> None:
     async with running(tmp_path, max_connections=8, max_per_source=8, request_timeout="60s") as (
         app,
         port,
@@ -186,7 +185,7 @@ async def test_what_only_holds_connections_keeps_no_probe_out(tmp_path: Path) ->
                     "the connections would be there for a minute"
                 )
             assert await elsewhere(ends, held[0]) == b"", "the oldest has been closed"
-        # A connection counts as busy for a short time, since its request may be on its way.
+        # A connection counts as busy for a short time, because its request may be in flight.
         evicted = [
             count(app, "connections_evicted_total", listener="admin", reason=reason)
             for reason in ("idle", "busy")
@@ -233,7 +232,7 @@ async def test_a_connection_that_has_asked_may_pause(tmp_path: Path) -> None:
         connection.close()
 
 
-async def test_metrics_are_compressed_for_who_can_read_that(tmp_path: Path) -> None:
+async def test_metrics_are_compressed_for_clients_that_accept_it(tmp_path: Path) -> None:
     async with running(tmp_path, metrics_max_age="1m") as (_, port):
         status, plain, fields = await elsewhere(ask, port, "/metrics")
         assert (status, fields["vary"], fields["content-encoding"]) == (
@@ -281,15 +280,15 @@ async def test_scrapers_in_a_loop_are_slowed_down_and_probes_are_not(tmp_path: P
             for thread in threads:
                 await elsewhere(thread.join, PATIENCE)
     assert len(scraped) == 200
-    assert scraped[-1] > 2.8, "50 at once, and 50 a second behind them"
+    assert scraped[-1] > 2.8, "50 at once, and 50 a second after them"
     assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 0.1
 
 
 async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_other_scrapers(
     tmp_path: Path,
 ) -> None:
-    """From so many addresses that no limit for one helps. Each has a place until it is served, or
-    gone, or there is no room for it."""
+    """From so many addresses that a limit for each address does not help. A request is queued until
+    it is served, or its client has left, or the queue is full."""
     async with running(tmp_path) as (app, port):
         there: deque[socket.socket] = deque()
         with Probing(port) as probing:
@@ -301,7 +300,7 @@ async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_
                 sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
                 if number % 2:
                     sock.shutdown(socket.SHUT_WR)  # a half-close: it may still read
-                if len(there) > 80:  # more than there are places for
+                if len(there) > 80:  # more than the queue holds
                     there.popleft().close()
                 await trio.sleep(0.002)
             for sock in there:
@@ -311,7 +310,7 @@ async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_
             assert time.perf_counter() - began < 3, "400 turns would take 7 s"
         assert [answer for answer in probing.answers if answer[0] != 200] == []
         assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 2, (
-            "nobody waits for a turn"
+            "no request waits for its turn"
         )
         assert count(app, "connections_evicted_total", listener="admin", reason="busy") >= 10
 

@@ -1,5 +1,5 @@
-"""The whole proxy in this process, on loopback, with real sockets: what its parts promise only
-together."""
+"""The whole proxy in this process, on loopback, with real sockets: properties that its parts have
+only together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.kit.own_identity import identity, port_of
 
 @asynccontextmanager
 async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[App]:
-    """A proxy with these settings; other listeners than those that are named are off."""
+    """A proxy with these settings. Listeners that are not named are off."""
     document: dict[str, Any] = {
         "outbound": {"listen": []},
         "inbound": {"listen": []},
@@ -60,7 +60,7 @@ async def greet(stream: trio.SocketStream) -> None:
     await trio.sleep_forever()
 
 
-async def test_without_an_identity_nobody_waits_for_tls_on_an_opaque_port(tmp_path: Path) -> None:
+async def test_without_an_identity_opaque_ports_do_not_wait_for_tls(tmp_path: Path) -> None:
     async with application(greet) as port:
         settings = inbound_to(port, opaque_ports=[port], hello_timeout="30s", detect_timeout="30s")
         async with running(tmp_path, inbound=settings) as app, await connected(app) as client:
@@ -88,12 +88,10 @@ async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(
         )
         async with running(tmp_path, inbound=settings, identity=paths) as app:
             first = socket.create_connection((HOST, port_of(app.listeners.inbound)))
-            first.sendall(
-                hello[:40]
-            )  # before the proxy gets its turn: so the client is silent at no time
+            first.sendall(hello[:40])  # before the proxy runs again: so the client is never silent
             first.setblocking(False)
             async with trio.SocketStream(trio.socket.from_stdlib_socket(first)) as client:
-                await trio.sleep(0.4)  # four times what a silent client gets
+                await trio.sleep(0.4)  # four times the time of a silent client
                 await client.send_all(hello[40:])
                 with trio.fail_after(60):
                     answer = await client.receive_some()
@@ -111,15 +109,15 @@ FORGED = (
 
 @pytest.mark.parametrize("how", ["as bytes, in the mesh", "as bytes, without TLS"])
 @pytest.mark.parametrize("closed", [False, True], ids=["any port", "a port for HTTP only"])
-async def test_there_is_no_way_around_what_is_done_to_requests(
+async def test_the_request_layers_cannot_be_bypassed(
     tmp_path: Path, how: str, closed: bool
 ) -> None:
-    """What a peer calls bytes is looked at all the same, and on a port for HTTP only it is
-    refused."""
-    heard = bytearray()
+    """What a peer declares to be opaque bytes is inspected all the same, and on a port for HTTP
+    only it is refused."""
+    received = bytearray()
 
     async def record(stream: trio.SocketStream) -> None:
-        heard.extend(await stream.receive_some())
+        received.extend(await stream.receive_some())
 
     fleet = Fleet(tmp_path)
     async with (
@@ -137,8 +135,8 @@ async def test_there_is_no_way_around_what_is_done_to_requests(
             while await client.receive_some():
                 pass
         await client.aclose()
-        assert bool(heard) is not refused
-        assert b"king" not in heard
+        assert bool(received) is not refused
+        assert b"king" not in received
         assert (
             b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()
         ) is refused
@@ -147,10 +145,10 @@ async def test_there_is_no_way_around_what_is_done_to_requests(
 async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_something_unknown(
     tmp_path: Path,
 ) -> None:
-    heard = bytearray()
+    received = bytearray()
 
     async def record(stream: trio.SocketStream) -> None:
-        heard.extend(await stream.receive_some())
+        received.extend(await stream.receive_some())
 
     async with application(record) as port, running(tmp_path, inbound=inbound_to(port)) as app:
         lines = [
@@ -170,17 +168,19 @@ async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_somethin
                 await client.send_all(line + FORGED)
                 with trio.fail_after(60):
                     assert (await client.receive_some()).startswith(b"HTTP/1.1 400 ")
-    assert not heard
+    assert not received
 
 
-@pytest.mark.parametrize("told", [[], ["192.0.2.1"]], ids=["addresses found", "addresses told"])
+@pytest.mark.parametrize(
+    "addresses", [[], ["192.0.2.1"]], ids=["addresses found", "addresses told"]
+)
 async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_pod_calls_its_own(
-    tmp_path: Path, told: list[str]
+    tmp_path: Path, addresses: list[str]
 ) -> None:
     settings = {
         "listen": ["127.9.9.9:0"]
-    }  # an address that no list names, as a second interface's would be
-    async with running(tmp_path, inbound=settings, pod={"addresses": told}) as app:
+    }  # an address that no list has, like that of a second interface
+    async with running(tmp_path, inbound=settings, pod={"addresses": addresses}) as app:
         port = port_of(app.listeners.inbound)
         async with await trio.open_tcp_stream("127.9.9.9", port) as client:
             with trio.fail_after(60), suppress(trio.BrokenResourceError):
@@ -190,7 +190,7 @@ async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_p
 
 
 @pytest.mark.parametrize("way", ["closed", "reset"])
-async def test_a_client_that_goes_while_the_server_thinks_is_noticed(
+async def test_a_client_that_leaves_while_the_server_works_is_noticed(
     tmp_path: Path, way: str
 ) -> None:
     asked, left = trio.Event(), trio.Event()
@@ -219,7 +219,7 @@ async def test_a_client_that_goes_while_the_server_thinks_is_noticed(
         )
 
 
-async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path: Path) -> None:
+async def test_a_client_that_half_closes_after_its_request_is_answered(tmp_path: Path) -> None:
     async def answer(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
@@ -236,7 +236,7 @@ async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path
 
 
 async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path: Path) -> None:
-    """It looks at its addresses every few seconds, and its listeners are closed by then."""
+    """It reads its addresses every few seconds, and its listeners are closed by then."""
     async with running(tmp_path) as app:
         before = app.runtime.loops.listeners
         app.inbound.drain(60)
@@ -244,9 +244,7 @@ async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path
         assert app._own() == before
 
 
-async def test_what_clients_have_said_of_themselves_is_soon_forgotten(
-    tmp_path: Path, mock_clock: MockClock
-) -> None:
+async def test_cached_heads_are_dropped_soon(tmp_path: Path, mock_clock: MockClock) -> None:
     async with running(tmp_path):
         assert (
             fast_head.recognise_request(
@@ -260,11 +258,11 @@ async def test_what_clients_have_said_of_themselves_is_soon_forgotten(
         assert fast_head._known.cache_info().currsize == 0
 
 
-async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the_pod_to_itself(
+async def test_a_configured_loopback_destination_is_not_a_call_of_the_pod_to_itself(
     tmp_path: Path,
 ) -> None:
-    """Two sidecars on one machine (README) may have more requests under way than a pod that calls
-    itself in a circle."""
+    """Two sidecars on one machine (README) may have more requests in progress than a pod that calls
+    itself in a loop."""
     asked, arrived, answer = 3, trio.Semaphore(0), trio.Event()
 
     async def wait(stream: trio.SocketStream) -> None:
@@ -292,7 +290,7 @@ async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the
 
 
 async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: Path) -> None:
-    """It is told by GOAWAY; whoever looks after the proxy by the log and the metrics."""
+    """The client gets GOAWAY, and the error is in the log and the metrics."""
     async with application(greet) as port, running(tmp_path, inbound=inbound_to(port)) as app:
         with trio.fail_after(60):
             async with await connected(app) as client:
@@ -309,7 +307,7 @@ async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: P
 async def test_a_proxy_is_not_ready_while_no_peer_takes_its_certificate(
     tmp_path: Path, days: int, words: str
 ) -> None:
-    """By the wall clock, which can be set back as well."""
+    """By the wall clock, which can also be set back."""
     paths, _ = identity(tmp_path)
     async with running(tmp_path, identity=paths) as app:
         assert app.not_ready() == []

@@ -1,4 +1,4 @@
-"""What setup.py compiles is there, and can be compiled as it is written
+"""The modules that setup.py compiles exist, and can be compiled as they are written
 (docs/decisions/30-compiled.md)."""
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ COMPILED = [
 ]
 
 
-def test_what_is_compiled_is_there_and_named_once() -> None:
+def test_compiled_modules_exist_and_are_listed_once() -> None:
     assert len(COMPILED) > 10
     assert all(path.is_file() for path in COMPILED)
     assert len(set(COMPILED)) == len(COMPILED)
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_is_written_that_the_compiler_takes_for_something_else(path: Path) -> None:
-    """What mypyc 2.4 accepts, and does not do as Python does."""
+def test_the_sources_avoid_what_the_compiler_treats_differently(path: Path) -> None:
+    """What mypyc 2.4 accepts, but does not do as Python does."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             assert not _weakly_referred(node), (
-                f"{node.name}: a compiled class knows no weak references"
+                f"{node.name}: a compiled class has no weak references"
             )
             if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
                 assert not any("Generic" in ast.unparse(base) for base in node.bases), (
@@ -71,7 +71,7 @@ def _reused(node: ast.AsyncFunctionDef) -> list[str]:
 
 
 def _narrowed(node: ast.Try) -> set[str]:
-    """Names that are None if all goes well, and that `finally` looks at."""
+    """Names that are None at the end of `try`, and that `finally` reads."""
     cleared: set[str] = set()
     for statement in (inner for part in (*node.body, *node.orelse) for inner in ast.walk(part)):
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.NamedExpr):
@@ -87,7 +87,7 @@ def _narrowed(node: ast.Try) -> set[str]:
 
 
 def test_no_class_that_is_compiled_has_a_subclass_that_is_not() -> None:
-    """Of what runs compiled: perf's programs, which have some, run the sources."""
+    """Among compiled modules: perf's programs have some subclasses, but they run the sources."""
     trees = {
         path: ast.parse(path.read_text("utf-8"))
         for room in ("proxy", "loopguard", "tracing")
@@ -110,7 +110,7 @@ def test_no_class_that_is_compiled_has_a_subclass_that_is_not() -> None:
 
 
 def _is_free(node: ast.ClassDef) -> bool:
-    """Whether it stays a class of Python's: protocols, enumerations and exceptions do."""
+    """Whether it stays an ordinary Python class: protocols, enumerations and exceptions do."""
     bases = {ast.unparse(base) for base in node.bases}
     return any(
         base.startswith("Protocol") or base.endswith(("Enum", "Exception", "Error"))

@@ -1,9 +1,6 @@
-"""The documents are true in what a machine can check.
-
-Every row of the tables of errors and metrics is in the code, and the other way round; links lead
-somewhere; examples of configurations are configurations; pictures and manifests can be read; and
-nothing names a place on the machine that it was written on.
-"""
+"""The documents are true as far as a machine can check. The tables of errors and metrics have the
+same rows as the code. Links have targets. Examples of configurations are valid. Pictures and
+manifests can be parsed. No document names a path of the machine that it was written on."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
-from prometheus_client.metrics import MetricWrapperBase
 
 from control.app import ControlConfig
 from control.config import Settings
@@ -31,8 +27,6 @@ from proxy.directory.clusters import GATEWAY_PORT
 from proxy.errors import Answer
 from proxy.intercept.nftables import InterceptSettings
 from proxy.telemetry import metrics
-from proxy.telemetry.counters import DataPathCounter, DataPathHistogram
-from proxy.telemetry.request_metrics import HttpCollector
 from tests.kit.documents import ROOT, table
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -58,7 +52,7 @@ def name(path: Path) -> str:
 
 
 def answers() -> Iterator[Answer]:
-    """Every row that errors.describe can find."""
+    """Every row that errors.describe can return."""
     yield from errors.TABLE.values()
     yield from errors._CONNECT.values()
     yield from errors._TLS.values()
@@ -66,27 +60,13 @@ def answers() -> Iterator[Answer]:
 
 
 def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(name, type, labels) of each of our own families, as a scraper sees it."""
-    for family in metrics.Metrics().registry._collector_to_names:
-        if isinstance(family, MetricWrapperBase):
-            suffix = "_total" if family._type == "counter" else ""
-            yield f"{family._name}{suffix}", family._type, tuple(family._labelnames)
-        elif isinstance(family, DataPathCounter | DataPathHistogram):
-            for described in family.describe():
-                suffix = "_total" if described.type == "counter" else ""
-                yield f"{described.name}{suffix}", described.type, described._labelnames
-        elif isinstance(family, HttpCollector):
-            for found in family.collect():
-                suffix = "_total" if found.type == "counter" else ""
-                yield (
-                    f"{found.name}{suffix}",
-                    found.type,
-                    tuple(name for name in found.samples[0].labels if name != "le"),
-                )
+    """(name, type, labels) of each metric of this project, as a scraper sees it."""
+    for family in metrics.Metrics().families.declared:
+        yield family.name, family.kind, family.labels
 
 
 def anchors(path: Path) -> set[str]:
-    """What can stand behind the # of a link to the document: its headings, as they are made into
+    """The anchors of the document, for the part of a link after #: its headings, as they become
     anchors."""
     found = set()
     text = _FENCE.sub("", path.read_text("utf-8"))
@@ -120,7 +100,7 @@ def test_there_are_documents_to_check() -> None:
 
 
 def test_the_page_of_errors_has_every_row_of_the_code_and_no_other() -> None:
-    told = [(row[0], row[1], row[2], row[3]) for row in table("errors.md", "errors")]
+    documented = [(row[0], row[1], row[2], row[3]) for row in table("errors.md", "errors")]
     real = {
         (
             str(answer.status),
@@ -130,17 +110,17 @@ def test_the_page_of_errors_has_every_row_of_the_code_and_no_other() -> None:
         )
         for answer in answers()
     }
-    assert set(told) == real
-    assert len(told) == len(set(told)), "a row stands there twice"
+    assert set(documented) == real
+    assert len(documented) == len(set(documented)), "a row occurs twice"
 
 
-def test_the_page_of_errors_says_of_each_row_what_it_means_and_what_to_do() -> None:
+def test_each_row_of_the_errors_page_has_a_meaning_and_a_remedy() -> None:
     assert all(len(row) == 6 and all(row) for row in table("errors.md", "errors"))
 
 
 def test_the_page_of_metrics_has_every_family_with_its_type_and_labels_and_no_other() -> None:
     rows = table("metrics.md", "metrics")
-    told = {
+    documented = {
         (
             row[0],
             row[1],
@@ -148,7 +128,7 @@ def test_the_page_of_metrics_has_every_family_with_its_type_and_labels_and_no_ot
         )
         for row in rows
     }
-    assert told == set(families())
+    assert documented == set(families())
 
 
 def test_metrics_that_documents_name_exist() -> None:
@@ -162,7 +142,7 @@ def test_metrics_that_documents_name_exist() -> None:
     wrong = [
         f"{name(path)}: {found}"
         for path in DOCUMENTS
-        # Those of the control plane are held by tests/control/test_app.py.
+        # tests/control/test_app.py checks those of the control plane.
         for found in re.findall(r"\bisthmus_(?!control_)[a-z_]+\b", path.read_text("utf-8"))
         if found not in known
     ]
@@ -186,8 +166,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_modules_that_documents_name_exist(path: Path) -> None:
-    """A name may leave out the first folders: net/relay.py, or test_relay.py beside another
-    test."""
+    """A name may omit the first folders: net/relay.py, or test_relay.py beside another test."""
     parts = [file.relative_to(ROOT).parts for file in MODULES]
     known = {"/".join(part[start:]) for part in parts for start in range(len(part))}
     named = set(_MODULE.findall(_FENCE.sub("", path.read_text("utf-8"))))
@@ -200,7 +179,7 @@ def test_no_place_on_a_builders_machine_is_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=name)
-def test_pictures_are_well_formed_and_say_in_words_what_they_show(path: Path) -> None:
+def test_pictures_are_well_formed_and_have_a_text_description(path: Path) -> None:
     picture = ET.fromstring(path.read_text("utf-8"))  # noqa: S314  # our own file
     space = "{http://www.w3.org/2000/svg}"
     assert picture.tag == f"{space}svg"
@@ -334,7 +313,7 @@ def test_the_base_of_the_image_is_pinned_by_digest() -> None:
     [("sha256:" + "ab" * 32, 0, "sha256:" + "ab" * 32), ("sha256:abc", 1, None), ("", 1, None)],
     ids=["a digest", "half of one", "nothing"],
 )
-def test_the_base_is_pinned_anew_by_what_the_registry_says(
+def test_the_base_is_pinned_to_the_digest_of_the_registry(
     tmp_path: Path, said: str, code: int, pinned: str | None
 ) -> None:
     file = tmp_path / "Dockerfile"

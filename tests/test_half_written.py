@@ -1,8 +1,7 @@
-"""Files that are read while they are being written: what is half there is not used, at the start or
+"""Files that are read while they are being written: an incomplete file is not used, at the start or
 later.
 
-Real files, written in place and in pieces, as editors and scripts do; the clock is the test's.
-"""
+Real files, written in place and in pieces, as editors and scripts do; the test moves the clock."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class Reports(list[DirectoryError | None]):
 
 
 def source(path: Path, **rules: float) -> DirectorySource:
-    """One whose file was whole at the start, and not written just then."""
+    """A source whose file was complete at the start, and not written just before."""
     made = DirectorySource(path, Acceptance(**{"settle": 0, **rules}))  # type: ignore[arg-type]
     made.acceptance = Acceptance(**{"settle": SETTLE, **rules})  # type: ignore[arg-type]
     made._settling = Settling(SETTLE)
@@ -78,8 +77,7 @@ def source(path: Path, **rules: float) -> DirectorySource:
 
 
 class Watched:
-    """A source that is looked at as `watch` does it, on a clock that stands still while files are
-    read."""
+    """A source that is read as `watch` does it, with a clock that stands still during reads."""
 
     def __init__(self, made: DirectorySource, clock: MockClock) -> None:
         self.made = made
@@ -88,7 +86,7 @@ class Watched:
         self._next = clock.current_time() + INTERVAL
 
     async def passes(self, seconds: float) -> None:
-        """So much time passes."""
+        """Move the clock by so much."""
         end = self._clock.current_time() + seconds
         while self._next <= end:
             self._clock.jump(self._next - self._clock.current_time())
@@ -98,7 +96,7 @@ class Watched:
 
 
 def clear(made: DirectorySource) -> list[Address]:
-    """The addresses of TWO to which a connection would go in clear text now."""
+    """The addresses of TWO to which a connection would be in clear text now."""
     return [
         address
         for address in MESHED
@@ -109,7 +107,7 @@ def clear(made: DirectorySource) -> list[Address]:
 
 
 def put(path: Path, text: str) -> None:
-    """Write in place: what is there is cut off first."""
+    """Write in place: the file is truncated first."""
     path.write_text(text)
 
 
@@ -145,8 +143,8 @@ async def test_every_prefix_seen_while_the_file_is_written_changes_nothing(
 def test_a_file_written_in_pieces_with_pauses_lets_nothing_out(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, float]], end: bool
 ) -> None:
-    """Pauses of up to three seconds: long enough for two reads of a part to agree. If ends are
-    marked, no part is even taken."""
+    """Pauses of up to three seconds: long enough for two reads of a part to agree. If files have
+    end marks, no part is even accepted."""
     file, marked = tmp_path_factory.mktemp("pieces") / "directory.yaml", FOUR + "...\n"
     put(file, TWO + "...\n")
 
@@ -211,7 +209,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_file_that_stays_cut_off_is_refused_and_said_once(
+async def test_a_file_that_stays_cut_off_is_refused_and_reported_once(
     file: Path, name: str, mock_clock: MockClock
 ) -> None:
     made = source(file)
@@ -230,14 +228,14 @@ async def test_a_file_that_stays_cut_off_is_refused_and_said_once(
     put(file, text)
     await watched.passes(5)
     assert [type(report) for report in watched.reports] == [IdentityLoss, IdentityLoss], (
-        "said again after it was good"
+        "reported again after it was good"
     )
     put(file, f"allow_identity_loss: true\n{text}")
     await watched.passes(5)
     assert watched.reports[-1] is None
 
 
-async def test_what_has_left_gets_no_clear_text_until_the_time_is_over(
+async def test_removed_identities_get_no_clear_text_until_the_time_is_over(
     file: Path, mock_clock: MockClock
 ) -> None:
     put(file, FOUR)
@@ -282,7 +280,7 @@ async def test_a_file_that_would_exceed_the_memory_is_refused_until_there_is_roo
 
 @dataclass
 class Held:
-    """An identity whose files are written in place; who has reported what."""
+    """An identity whose files are written in place, and its reports."""
 
     identity: Identity
     changes: list[int]
@@ -315,10 +313,10 @@ def held(folder: Path, roots: list[Issued]) -> Held:
     return found
 
 
-async def test_roots_that_are_being_written_are_never_taken_for_fewer(
+async def test_an_incomplete_file_of_roots_is_never_used(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Each prefix that ends behind a certificate is a good file of fewer roots, and would refuse
+    """Each prefix that ends after a certificate is a valid file of fewer roots, and would refuse
     the peers of the others."""
     roots = [make_root("cluster.local") for _ in range(4)]
     made, path = held(tmp_path, roots[:2]), tmp_path / "roots.pem"
@@ -328,7 +326,7 @@ async def test_roots_that_are_being_written_are_never_taken_for_fewer(
         nursery.start_soon(made.watched)
         for end in sorted({*ends, *range(0, len(new), 300)}):
             path.write_bytes(new[:end])
-            await trio.sleep(0.06)  # three looks
+            await trio.sleep(0.06)  # three reads
             assert len(made.identity.roots) in (2, 4)
             if end < len(new):
                 assert made.changes == []
@@ -350,7 +348,7 @@ async def test_a_key_and_its_certificate_that_are_written_in_turn_are_taken_toge
                 (tmp_path / f"{name}.pem").write_bytes(pem[:end])
                 await trio.sleep(0.04)
         await trio.sleep(0.4)
-        assert made.errors == [], "nothing half written was even looked at"
+        assert made.errors == [], "no incomplete file was even read"
         assert made.identity.generation == 2
         nursery.cancel_scope.cancel()
 
@@ -380,7 +378,7 @@ def read(path: Path) -> Callable[[], tuple[bytes, bytes]]:
 
 def test_a_file_that_has_been_left_alone_is_used_at_once(file: Path) -> None:
     os.utime(file, (1, 1))
-    time.sleep(0.25)  # the inode has been touched too
+    time.sleep(0.25)  # the inode was touched too
     started = time.monotonic()
     assert read_settled(read(file), [file], 0.2)[0] == TWO.encode()
     assert time.monotonic() - started < 0.15
@@ -429,10 +427,10 @@ def test_a_file_without_its_end_is_refused_where_the_end_is_asked_for(file: Path
         assert (
             len(DirectorySource(file, Acceptance(settle=0, require_end=True)).current.services) == 2
         )
-        assert len(parse(text, "test").services) == 2, "it changes nothing of the document"
+        assert len(parse(text, "test").services) == 2, "it changes nothing in the document"
 
 
-def test_a_configuration_that_is_being_written_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+def test_an_incomplete_configuration_is_not_used(tmp_path: Path) -> None:
     path, whole = tmp_path / "isthmus.yaml", "log: {level: debug}\ncluster: east\n"
     put(path, "log: {level: debug}\n")
     writer = threading.Timer(0.1, put, (path, whole))

@@ -1,11 +1,10 @@
-"""The direction of imports is the architecture. These are its rules, read from the source text:
-nothing is imported to check them.
+"""The direction of imports is the architecture. These are its rules. They are checked in the source
+text, without importing anything.
 
-Imports go up in the table of RULES and never down: a package may import only what stands above it,
-and of that only what its row names. Data goes the other way: app builds the flows and gives each
-part what it needs. There are no circles of modules. The sizes at the end are the sign that a module
-holds two things.
-"""
+Imports go up in the table of RULES and never down: a package may import only packages above it, and
+of those only the ones in its row. Data goes the other way: app builds the flows and gives each part
+what it needs. Modules have no import cycles. The sizes at the end are hints that a module holds two
+things."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("control", "proxy", "tracing", "loopguard", "lab")
 OURS = frozenset(PACKAGES)
 
-# Package, or module beside them -> what it may import of our own, and of third parties. The order
-# is the direction: see above.
+# Package, or module beside them -> what it may import of our own packages, and of third parties.
+# The order is the direction: see above.
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loopguard": (set(), set()),
     "tracing": (set(), {"opentelemetry"}),
@@ -30,6 +29,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "proxy.wire": (set(), {"h11", "hpack"}),
     "proxy.net": (set(), {"trio", "OpenSSL", "cryptography"}),
     "proxy.files": (set(), set()),
+    "proxy.metric_families": (set(), {"prometheus_client"}),
     "proxy.intercept": (set(), set()),
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),
     "proxy.identity": ({"proxy.files", "proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
@@ -52,10 +52,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"trio"},
     ),
     "control.metrics": (
-        {"control.kube", "control.discovery", "control.channel"},
-        {"trio", "prometheus_client"},
+        {"control.kube", "control.discovery", "control.channel", "proxy.metric_families"},
+        {"trio"},
     ),
-    "control.admin": (set(), {"trio", "h11"}),
+    "control.admin": ({"proxy.metric_families"}, {"trio", "h11"}),
     "control.config": (
         {
             "control.kube",
@@ -99,10 +99,21 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "proxy.fastpath": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
     "proxy.telemetry": (
-        {"proxy.config", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "tracing"},
+        {
+            "proxy.metric_families",
+            "proxy.config",
+            "proxy.exchange",
+            "proxy.wire",
+            "proxy.net",
+            "proxy.errors",
+            "tracing",
+        },
         {"trio", "OpenSSL", "prometheus_client"},
     ),
-    "proxy.workers": ({"proxy.config", "proxy.net"}, {"msgspec", "prometheus_client"}),
+    "proxy.workers": (
+        {"proxy.metric_families", "proxy.config", "proxy.net"},
+        {"msgspec", "prometheus_client"},
+    ),
     "proxy.process": (
         {
             "proxy.telemetry",
@@ -162,6 +173,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {
             "proxy.process",
             "proxy.telemetry",
+            "proxy.metric_families",
             "proxy.exchange",
             "proxy.config",
             "proxy.wire",
@@ -210,13 +222,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
 }
-# Modules of the standard library that these packages do not use: they are functions of their
-# arguments.
+# Modules of the standard library that these packages do not use: their functions depend on their
+# arguments only.
 STDLIB_FORBIDDEN = {
     "loopguard": {"socket", "ssl", "time", "logging", "asyncio", "threading", "os"},
     "proxy.wire": {"socket", "ssl", "time", "asyncio", "selectors", "threading", "os", "logging"},
 }
-# What does not know each other.
+# Packages that are independent of each other.
 NEVER = [
     ("proxy", "control"),
     ("control", "lab"),
@@ -227,7 +239,7 @@ NEVER = [
 ]
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 60, 5
-# What is longer and holds one thing: a list of settings, a list of metrics, the start of the
+# Longer modules that hold one thing: a list of settings, a list of metrics, the start of the
 # process, which builds each part once, and the state of an HTTP/2 connection, which all frames of
 # both directions change.
 LONGER = {
@@ -254,8 +266,7 @@ MODULES = frozenset(name for name, _, _ in SOURCES)
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """What is imported, with the name that is taken, and the line. What is for type checkers alone
-    counts as well."""
+    """The imported names, with the line. Imports for type checkers only count as well."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -276,8 +287,7 @@ def package_of(name: str) -> str:
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """The groups of more than one node of which each can be reached from each other one (Tarjan's
-    algorithm)."""
+    """The strongly connected groups of more than one node (Tarjan's algorithm)."""
     order: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -317,7 +327,7 @@ def test_the_rules_have_one_direction() -> None:
     above: set[str] = {
         "proxy",
         "lab",
-    }  # the root package holds nothing, and the laboratory imports what it likes
+    }  # the root package is empty, and the laboratory may import anything
     for package, (first_party, _) in RULES.items():
         assert first_party <= above, (
             f"{package} may import {first_party - above}, which do not stand above it"
@@ -326,7 +336,7 @@ def test_the_rules_have_one_direction() -> None:
 
 
 @pytest.mark.parametrize("package", RULES)
-def test_a_package_imports_only_what_it_may(package: str) -> None:
+def test_a_package_imports_only_what_its_row_allows(package: str) -> None:
     first_party, third_party = RULES[package]
     wrong = []
     for name, path, tree in SOURCES:
@@ -356,7 +366,7 @@ def _above(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("one", "other"), NEVER)
-def test_what_does_not_know_each_other(one: str, other: str) -> None:
+def test_independent_packages_do_not_import_each_other(one: str, other: str) -> None:
     importers = [(path, tree) for name, path, tree in SOURCES if within(name, one)]
     assert importers
     wrong = [
@@ -380,7 +390,7 @@ def test_the_proxy_does_not_know_the_laboratory() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What several test modules need has a module of its own, without tests."""
+    """What several test modules need is in its own module, without tests."""
     wrong = [
         f"{path.relative_to(ROOT)}: {node.module}"
         for path in sorted((ROOT / "tests").rglob("*.py"))
@@ -409,7 +419,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring: the contract is not what makes it long."""
+    """Lines of a function without its docstring: a long contract does not make the code long."""
     lines = (function.end_lineno or 0) - function.lineno + 1
     first = function.body[0]
     if (
@@ -443,7 +453,7 @@ def test_no_module_no_function_and_no_parameter_list_holds_two_things() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# A rule is switched off with its code, and with the reason: behind it, or as the comment above it.
+# A rule is switched off by its code, and with the reason: after it, or in the comment above it.
 _SUPPRESSED = re.compile(r"#\snoqa(?P<codes>: [A-Z0-9]+(?:, [A-Z0-9]+)*)?(?P<reason>.*)$")
 
 

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.kit.build import COMPILED
 from tests.kit.calls import recorded
 from tests.kit.http import connect
@@ -32,7 +32,7 @@ def steps(walk: str) -> list[str]:
 
 
 def first_missing(expected: list[str], calls: list[str]) -> str | None:
-    """The first of `expected` that is not called behind all before it."""
+    """The first of `expected` that is not called after all before it."""
     at = 0
     for step in expected:
         try:
@@ -51,7 +51,7 @@ async def echo(stream: trio.SocketStream) -> None:
 async def pair(
     folder: Path, kind: Literal["http", "opaque"], *, fast: bool = True
 ) -> AsyncIterator[Address]:
-    """The address of a client's sidecar, whose server's sidecar stands before an application."""
+    """The address of a client's sidecar; the server's sidecar is in front of an application."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     opaque = kind == "opaque"
     async with application(echo if opaque else mirror) as port:
@@ -64,14 +64,16 @@ async def pair(
             service = {
                 "name": "c",
                 "addresses": ["10.96.0.1"],
-                "ports": [{"port": way_in(server), "protocol": "opaque" if opaque else "detect"}],
+                "ports": [
+                    {"port": inbound_port(server), "protocol": "opaque" if opaque else "detect"}
+                ],
                 "endpoints": [{"address": HOST, "identity": fleet.identity("server")}],
             }
-            outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
+            outbound = {**listen, "fixed_destination": f"10.96.0.1:{inbound_port(server)}"}
             async with fleet.running(
                 "client", {"services": [service]}, outbound=outbound, fast_path=fast
             ) as client:
-                yield Address(HOST, way_out(client))
+                yield Address(HOST, outbound_port(client))
 
 
 async def test_the_ordinary_path(tmp_path: Path) -> None:

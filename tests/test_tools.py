@@ -1,5 +1,5 @@
-"""The tools of a developer agree with each other: the hooks of pre-commit are the linters of
-`make lint`, and trio is limited to the minor version that the event loop was tested with."""
+"""The developer tools agree with each other: the hooks of pre-commit are the linters of `make
+lint`, and trio is limited to the minor version that the event loop was tested with."""
 
 from __future__ import annotations
 

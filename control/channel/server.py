@@ -89,8 +89,8 @@ class Ended(Exception):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What proxies are told. `replica`: the name of this one. `networks` (CIDR) and `domain` of the
-    cluster."""
+    """What the control plane announces to proxies. `replica`: the name of this one. `networks`
+    (CIDR) and `domain` of the cluster."""
 
     replica: str = ""
     networks: tuple[str, ...] = ()

@@ -23,15 +23,15 @@ from proxy.directory.channel.messages import (
 
 
 class _Followed:
-    """A topic that the proxy follows. `version`: what the proxy has. `asked`: it waits for an
+    """A topic that the proxy follows. `version`: what the proxy has. `needs_reply`: it waits for an
     answer, even if nothing has changed."""
 
-    __slots__ = ("asked", "topic", "version")
+    __slots__ = ("needs_reply", "topic", "version")
 
     def __init__(self, topic: Topic) -> None:
         self.topic = topic
         self.version = b""
-        self.asked = True
+        self.needs_reply = True
 
 
 class Session:
@@ -87,7 +87,7 @@ class Session:
             except ValueError as error:
                 raise ChannelError(str(error)) from None
         followed.version = version
-        followed.asked = True
+        followed.needs_reply = True
         self._stale[key] = None
 
     def _unsubscribe(self, key: str) -> None:
@@ -97,6 +97,9 @@ class Session:
             self._views.unfollow(followed.topic, self)
 
     def _refuse(self, key: str, reason: str) -> None:
+        """Raises ChannelError if the proxy asks on and does not read the refusals."""
+        if sum(map(len, self._refused.values())) >= self._most:
+            raise ChannelError(f"more than {self._most} refusals wait")
         self._refused.setdefault(reason, []).append(key)
 
     def close(self) -> None:
@@ -113,12 +116,14 @@ class Session:
             key = next(iter(self._stale))
             del self._stale[key]
             followed = self._followed[key]
+            before = self._views.computed
             variant = self._views.variant(followed.topic, self.place)
-            asked, followed.asked = followed.asked, False
+            needs_reply, followed.needs_reply = followed.needs_reply, False
             if variant.version == followed.version:
-                if asked:
+                if needs_reply:
                     current.append(key)
-                    size += len(key)
+                    # What was computed counts, although it is not sent: other tasks have to run.
+                    size += len(variant.frame) if self._views.computed != before else len(key)
             elif len(variant.frame) > self._most_bytes:
                 self._unsubscribe(key)
                 self._refuse(

@@ -32,6 +32,9 @@ from proxy.directory.channel.views import (
     encode,
 )
 
+# Contents of one topic that are kept, by place.
+_MOST_VARIANTS = 1024
+
 
 class Follower(Protocol):
     """A proxy that follows topics."""
@@ -103,14 +106,16 @@ class Views:
 
     def variant(self, topic: Topic, place: Place) -> Variant:
         """The content of a topic for a proxy at `place`."""
-        made = topic.variants.get(place)
-        if made is None:
+        variant = topic.variants.get(place)
+        if variant is None:
+            if len(topic.variants) >= _MOST_VARIANTS:  # also places of proxies that are gone
+                topic.variants.clear()
             content, sort = self._content(topic, place)
-            made = topic.variants.get(sort)
-            if made is None:
-                made = topic.variants[sort] = self._encoded(topic, content)
-            topic.variants[place] = made
-        return made
+            variant = topic.variants.get(sort)
+            if variant is None:
+                variant = topic.variants[sort] = self._encoded(topic, content)
+            topic.variants[place] = variant
+        return variant
 
     def _encoded(self, topic: Topic, content: Content | None) -> Variant:
         self.computed += 1

@@ -90,17 +90,25 @@ class Catalog:
         self._listed: Index[Key] = Index()  # slices
         # Slices, by the nodes of their endpoints that have no zone.
         self._unplaced: Index[Key] = Index()
+        # Slices, by the addresses of their endpoints that name no pod.
+        self._unnamed: Index[Key] = Index()
+        # The entries as of the last `flush`, by their cluster addresses, and by their endpoints.
+        self._owned: Index[Key] = Index()
+        self._serving: Index[Key] = Index()
         # Services, by the pods that their endpoints name but that do not have the endpoint's
         # address: the pod is not known, or has other addresses. And the reverse.
         self._misnamed: Index[Key] = Index()
         self._misnames: dict[Key, tuple[str, ...]] = {}
         self._stale: dict[Key, None] = {}
         self._moved: dict[str, None] = {}
+        # Addresses whose meaning has changed: the services that list them are stale.
+        self._touched: dict[str, None] = {}
+        self._externals: dict[str, SpiffeId | None] = {}  # `external`, during a flush
 
     @property
     def stale(self) -> bool:
         """Whether `flush` has something to do."""
-        return bool(self._stale or self._moved)
+        return bool(self._stale or self._moved or self._touched)
 
     # Facts that come, change or go (None). The old value is looked up here.
 
@@ -125,8 +133,8 @@ class Catalog:
         if (
             before is None
             or fact is None
-            or (before.identity, before.created, before.uid)
-            != (fact.identity, fact.created, fact.uid)
+            or (before.identity, before.careful, before.created, before.uid)
+            != (fact.identity, fact.careful, fact.created, fact.uid)
         ):
             for part in self._parts.get(key, ()):
                 self._touch_shared(self._slices[part])
@@ -145,6 +153,7 @@ class Catalog:
             self._stale[fact.service] = None
         self._listed.move(key, _addresses(before), _addresses(fact))
         self._unplaced.move(key, _unplaced(before), _unplaced(fact))
+        self._unnamed.move(key, _unnamed(before), _unnamed(fact))
         for part in (before, fact):
             if part is not None:
                 self._touch_shared(part)
@@ -173,9 +182,9 @@ class Catalog:
         )
 
     def _touch(self, address: str) -> None:
-        """Mark the services that list `address` as stale."""
-        for part in self._listed.at(address):
-            self._stale[self._slices[part].service] = None
+        """Mark the services that list `address` as stale. The next flush finds them: many slices
+        may list an address, and each may change."""
+        self._touched[address] = None
 
     def _touch_shared(self, part: SliceFact) -> None:
         """Mark the services that list one of the slice's addresses as stale."""
@@ -187,18 +196,25 @@ class Catalog:
     def flush(self) -> Changes:
         """Recompute stale entries. Returns the entries that are different now."""
         changes = Changes()
+        touched, self._touched = self._touched, {}
+        for address in touched:
+            for part in self._listed.at(address):
+                self._stale[self._slices[part].service] = None
         stale, self._stale = self._stale, {}
         moved, self._moved = self._moved, {}
         for key in stale:
             entry = self._entry(key)
             if entry != self.services.get(key):
                 changes.services[key] = entry
-                _swap(self.services, key, entry)
+                before = _swap(self.services, key, entry)
+                self._owned.move(key, _clustered(before), _clustered(entry))
+                self._serving.move(key, _served(before), _served(entry))
         for address in moved:
             pod = self._pod_entry(address)
             if pod != self.pods.get(address):
                 changes.pods[address] = pod
                 _swap(self.pods, address, pod)
+        self._externals.clear()
         return changes
 
     def _entry(self, key: Key) -> ServiceEntry | None:
@@ -253,19 +269,14 @@ class Catalog:
 
     def owner(self, address: str) -> ServiceEntry | None:
         """The service with this cluster address."""
-        for key in self._owners.at(address):
-            entry = self.services.get(key)
-            if entry is not None and address in entry.addresses:
-                return entry
+        for key in self._owned.at(address):
+            return self.services[key]
         return None
 
     def listing(self, address: str) -> Iterator[ServiceEntry]:
         """The services with an endpoint at this address, each once, in the order of their keys."""
-        keys = {self._slices[part].service for part in self._listed.at(address)}
-        for key in sorted(keys):
-            entry = self.services.get(key)
-            if entry is not None and any(end.address == address for end in entry.endpoints):
-                yield entry
+        for key in sorted(self._serving.at(address)):
+            yield self.services[key]
 
     # Lookups for judge.py (the World protocol)
 
@@ -295,29 +306,27 @@ class Catalog:
 
     def external(self, address: str) -> SpiffeId | None:
         """See judge.World."""
+        if address in self._externals:
+            return self._externals[address]
         oldest = min(
             self._claims(address),
             key=lambda service: (service.created, service.uid, str(service.identity)),
             default=None,
         )
-        return oldest.identity if oldest is not None else None
+        found = self._externals[address] = oldest.identity if oldest is not None else None
+        return found
 
     def _claims(self, address: str) -> Iterator[ServiceFact]:
         """The services that list an address without naming a pod."""
-        for part in self._listed.at(address):
-            fact = self._slices[part]
-            service = self._services.get(fact.service)
+        for key in {self._slices[part].service: None for part in self._unnamed.at(address)}:
+            service = self._services.get(key)
             if (
                 service is None
                 or service.careful
                 or (service.identity is not None and self.is_host(address))
             ):
                 continue
-            if any(
-                endpoint.address == address and endpoint.target is None
-                for endpoint in fact.endpoints
-            ):
-                yield service
+            yield service
 
     def zone(self, node: str) -> str:
         """See judge.World."""
@@ -346,6 +355,22 @@ def _swap(into: dict[K, V], key: K, value: V | None) -> V | None:
 
 def _addresses(fact: SliceFact | None) -> list[str]:
     return [endpoint.address for endpoint in fact.endpoints] if fact is not None else []
+
+
+def _unnamed(fact: SliceFact | None) -> list[str]:
+    return (
+        [endpoint.address for endpoint in fact.endpoints if endpoint.target is None]
+        if fact is not None
+        else []
+    )
+
+
+def _clustered(entry: ServiceEntry | None) -> tuple[str, ...]:
+    return entry.addresses if entry is not None else ()
+
+
+def _served(entry: ServiceEntry | None) -> list[str]:
+    return [endpoint.address for endpoint in entry.endpoints] if entry is not None else []
 
 
 def _unplaced(fact: SliceFact | None) -> list[str]:

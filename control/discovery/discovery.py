@@ -41,39 +41,39 @@ class DiscoveryRules:
 
 
 class Discovery:
-    """Keeps a catalog up to date. Calls `tell` with each set of changes. The first set has
-    everything. `tell` must not block.
+    """Keeps a catalog up to date. Calls `on_changes` with each set of changes. The first set has
+    everything. `on_changes` must not block.
     """
 
     def __init__(
         self,
         client: Client,
         trust_domain: str,
-        tell: Callable[[Changes], None],
+        on_changes: Callable[[Changes], None],
         rules: DiscoveryRules | None = None,
         watching: WatchRules | None = None,
     ) -> None:
         self.catalog = Catalog(trust_domain)
         self.ready = trio.Event()  # set after the first report, which has everything
-        self._tell = tell
+        self._on_changes = on_changes
         self._rules = rules or DiscoveryRules()
         self._stale = trio.Event()
         catalog = self.catalog
         self.reflectors: Sequence[Reflector[Any, Any]] = (
-            Reflector(client, NODES, node_zone, self._heard(self._node)),
-            Reflector(client, PODS, pod_fact, self._heard(catalog.pod), RUNNING),
-            Reflector(client, SERVICES, service_fact, self._heard(catalog.service)),
-            Reflector(client, SLICES, slice_fact, self._heard(catalog.slice)),
+            Reflector(client, NODES, node_zone, self._observer(self._node)),
+            Reflector(client, PODS, pod_fact, self._observer(catalog.pod), RUNNING),
+            Reflector(client, SERVICES, service_fact, self._observer(catalog.service)),
+            Reflector(client, SLICES, slice_fact, self._observer(catalog.slice)),
         )
         for reflector in self.reflectors:
             reflector.rules = watching or WatchRules()
 
-    def _heard(self, put: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
-        def heard(key: Key, fact: Any) -> None:
+    def _observer(self, put: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
+        def observe(key: Key, fact: Any) -> None:
             put(key, fact)
             self._stale.set()
 
-        return heard
+        return observe
 
     def _node(self, key: Key, zone: str | None) -> None:
         self.catalog.node(key[1], zone)
@@ -110,4 +110,4 @@ class Discovery:
         self._stale = trio.Event()
         changes = self.catalog.flush()
         if changes:
-            self._tell(changes)
+            self._on_changes(changes)

@@ -17,6 +17,12 @@ from control.kube.resources import Key
 
 # The most problems that are reported of one service. More would not help a reader.
 _MOST_PROBLEMS = 10
+# The most endpoints times ports of one service. A proxy that uses the service makes that many
+# targets, so a tenant could exhaust the memory of its clients and of the control plane.
+_MOST_TARGETS = 200_000
+
+# Pairs of a service port and the own port of an endpoint, sorted. Endpoints share them.
+_Ports = tuple[tuple[int, int], ...]
 
 
 def resolve(
@@ -32,17 +38,27 @@ def resolve(
     """
     problems = list(service.problems)
     newest: dict[str, tuple[EndpointFact, ExpectedPeer]] = {}
-    ports: dict[str, dict[int, int]] = {}
-    for part in sorted(slices, key=lambda part: part.order):
+    ports: dict[str, _Ports] = {}
+    parts = sorted(slices, key=lambda part: part.order)
+    if sum(len(part.endpoints) for part in parts) * max(1, len(service.ports)) > _MOST_TARGETS:
+        problems.append(f"more than {_MOST_TARGETS} endpoints times ports: no endpoint is used")
+        parts = []
+    joined: dict[tuple[_Ports, _Ports], _Ports] = {}
+    for part in parts:
         problems += part.problems
-        numbers = dict(_ports(service, part))
+        numbers = tuple(sorted(_ports(service, part)))
         for endpoint in part.endpoints:
             who = judge(endpoint, key[0], service, world)
             if isinstance(who, Refusal):
                 problems += [who.why] if who.why else []
                 continue
             newest[endpoint.address] = endpoint, who
-            ports.setdefault(endpoint.address, {}).update(numbers)
+            known = ports.setdefault(endpoint.address, numbers)
+            if known is not numbers and known != numbers:
+                both = known, numbers
+                if both not in joined:
+                    joined[both] = tuple(sorted({**dict(known), **dict(numbers)}.items()))
+                ports[endpoint.address] = joined[both]
     endpoints = tuple(
         _entry(endpoint, who, ports[address], world)
         for address, (endpoint, who) in sorted(newest.items(), key=lambda item: item[0])
@@ -61,13 +77,13 @@ def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:
 
 
 def _entry(
-    endpoint: EndpointFact, who: ExpectedPeer, ports: dict[int, int], world: ClusterView
+    endpoint: EndpointFact, who: ExpectedPeer, ports: _Ports, world: ClusterView
 ) -> EndpointEntry:
     return EndpointEntry(
         endpoint.address,
         who.identity,
         who.skip_ports,
-        tuple(sorted(ports.items())),
+        ports,
         endpoint.state,
         endpoint.node,
         endpoint.zone or world.zone(endpoint.node),

@@ -75,7 +75,7 @@ class Trust:
         self, authority: Secret, certificate: Secret | None = None, key: Secret | None = None
     ) -> None:
         self._parts = (authority, certificate, key)
-        self._made: ssl.SSLContext | None = None
+        self._cached: ssl.SSLContext | None = None
         self._of: tuple[bytes, ...] = ()
 
     def context(self) -> ssl.SSLContext:
@@ -83,9 +83,9 @@ class Trust:
         AccessError.
         """
         current = tuple(part.current() if part is not None else b"" for part in self._parts)
-        if self._made is None or current != self._of:
-            self._made, self._of = _context(*current), current
-        return self._made
+        if self._cached is None or current != self._of:
+            self._cached, self._of = _context(*current), current
+        return self._cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,16 +341,16 @@ def _loopback(host: str) -> bool:
 
 
 def _context(authority: bytes, certificate: bytes, key: bytes) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the chain and the name
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the chain and the name
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        made.load_verify_locations(cadata=authority.decode("ascii"))
+        context.load_verify_locations(cadata=authority.decode("ascii"))
         if certificate:
             with _in_memory(certificate) as chain, _in_memory(key) as private:
-                made.load_cert_chain(chain, private, lambda: "")
+                context.load_cert_chain(chain, private, lambda: "")
     except (ssl.SSLError, ValueError) as error:
         raise AccessError(f"certificates for the API server cannot be used: {error}") from None
-    return made
+    return context
 
 
 @contextmanager

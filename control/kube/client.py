@@ -32,7 +32,7 @@ from control.kube.resources import Resource, decode
 T = TypeVar("T", bound=objects.Object)
 
 # Characters that are kept of a server's message.
-_MOST_SAID = 500
+_MAX_MESSAGE = 500
 # Statuses of a server, or of a load balancer in front of it, that cannot answer now.
 _PASSING = frozenset({500, 502, 503, 504})
 
@@ -146,7 +146,7 @@ class Client:
         self.refusals = 0
         self._dial = dial
         self._chance = chance
-        self._room = trio.CapacityLimiter(self.limits.max_connections)
+        self._slots = trio.CapacityLimiter(self.limits.max_connections)
         self._kept: list[tuple[Connection, float]] = []
 
     # Objects
@@ -273,14 +273,14 @@ class Client:
                 return await self._attempt(request)
             except KubeError as error:
                 wait = backoff.failed(trio.current_time())
-                asked = error.retry_after if isinstance(error, Refused) else None
+                retry_after = error.retry_after if isinstance(error, Refused) else None
                 if (
                     left <= 0
                     or not _again(error, repeat=repeat)
-                    or (asked or 0) > self.limits.max_retry_after
+                    or (retry_after or 0) > self.limits.max_retry_after
                 ):
                     raise
-                await trio.sleep(max(wait, asked or 0.0))
+                await trio.sleep(max(wait, retry_after or 0.0))
 
     async def open(self, request: Request) -> Answer:
         """Send a request on a new connection and return once the response head has come. The caller
@@ -288,15 +288,15 @@ class Client:
         """
         for last in (False, True):
             connection = await self._connect()
-            good = False
+            reusable = False
             try:
                 head = await self._head(connection, request)
                 if head.status < 400:
-                    good = True
+                    reusable = True
                     return Answer(connection, head)
                 refused = await self._refusal(connection, head)
             finally:
-                if not good:
+                if not reusable:
                     await connection.aclose()
             if refused.code != 401 or last or not self._forget_token():
                 raise refused
@@ -304,7 +304,7 @@ class Client:
 
     async def _attempt(self, request: Request) -> bytes:
         with trio.move_on_after(self.limits.request_timeout):
-            async with self._room:
+            async with self._slots:
                 try:
                     return await self._exchange(request)
                 except Refused as error:
@@ -322,23 +322,23 @@ class Client:
             except Unreachable:
                 # The server closed this kept connection. Only idempotent requests are sent again:
                 # the server may already have read a POST.
-                if connection.begun or request.method not in ("GET", "PUT", "DELETE"):
+                if connection.response_started or request.method not in ("GET", "PUT", "DELETE"):
                     raise
         return await self._on(await self._connect(), request)
 
     async def _on(self, connection: Connection, request: Request) -> bytes:
-        good = False
+        reusable = False
         try:
             head = await self._head(connection, request)
             if head.status >= 400:
                 refused = await self._refusal(connection, head)
-                good = connection.reuse()
+                reusable = connection.reuse()
                 raise refused
             body = await _whole(connection, self.limits.max_response_bytes)
-            good = connection.reuse()
+            reusable = connection.reuse()
             return body
         finally:
-            if good and len(self._kept) < self.limits.max_idle_connections:
+            if reusable and len(self._kept) < self.limits.max_idle_connections:
                 self._kept.append((connection, trio.current_time()))
             else:
                 await connection.aclose()
@@ -424,7 +424,7 @@ def refusal(body: bytes | msgspec.Raw, code: int, retry_after: str = "") -> Refu
     return Refused(
         code or status.code,
         status.reason,
-        status.message[:_MOST_SAID],
+        status.message[:_MAX_MESSAGE],
         retry_after=seconds,
         causes=causes,
     )

@@ -46,11 +46,11 @@ class Connection:
         self._authority = authority
         self._max_head_bytes = max_head_bytes
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=max_head_bytes)
-        self.begun = False  # whether a part of the current response has come
+        self.response_started = False  # whether a part of the current response has come
 
     async def request(self, request: Request, *fields: tuple[str, str]) -> Head:
         """Send a request. Returns the response head. Raises Unreachable, InvalidAnswer."""
-        self.begun = False
+        self.response_started = False
         headers = [("Host", self._authority), *request.headers, *fields]
         if request.body or request.method in ("POST", "PUT", "PATCH"):
             headers.append(("Content-Length", str(len(request.body))))
@@ -97,7 +97,7 @@ class Connection:
                 if not isinstance(event, type) or event is h11.PAUSED:
                     return event
                 data = await self._stream.receive_some(_RECEIVE)
-                self.begun = self.begun or bool(data)
+                self.response_started = self.response_started or bool(data)
                 if not data and self._http.their_state is h11.SEND_RESPONSE:
                     raise Unreachable("the connection was closed before the response")
                 self._http.receive_data(bytes(data))

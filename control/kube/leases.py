@@ -92,7 +92,7 @@ class Election:
 
     async def _acquire(self) -> Lease:
         while True:
-            asked = trio.current_time()
+            requested_at = trio.current_time()
             try:
                 taken = await self._take()
             except KubeError as error:
@@ -102,7 +102,7 @@ class Election:
             else:
                 self._errors.works()
             if taken is not None:
-                self._renewed = asked
+                self._renewed = requested_at
                 return taken
             await trio.sleep(self._rules.retry_interval)
 
@@ -142,13 +142,13 @@ class Election:
         rules = self._rules
         while True:
             await trio.sleep(rules.retry_interval)
-            asked = trio.current_time()
+            requested_at = trio.current_time()
             # A request that hangs must leave time for another attempt.
-            limit = min(self._renewed + rules.renew_timeout, asked + rules.renew_timeout / 2)
+            limit = min(self._renewed + rules.renew_timeout, requested_at + rules.renew_timeout / 2)
             with trio.move_on_at(limit):
                 try:
                     held = await self._store(held, self._spec(held.spec))
-                    self._renewed = asked
+                    self._renewed = requested_at
                     self._errors.works()
                 except KubeError as error:
                     self._errors.failed(str(error))

@@ -1,6 +1,6 @@
 """Kubernetes Events: messages about an object, which `kubectl describe` shows.
 
-`say` never waits and never fails. It puts the event into a queue. When the queue is full, the
+`record` never waits and never fails. It puts the event into a queue. When the queue is full, the
 oldest event is dropped. Repetitions of an event become one event with a count (events.k8s.io/v1,
 `series`), which is written at intervals. Writes are paced, so that a fault of ten thousand objects
 does not load the API server.
@@ -44,7 +44,7 @@ class RecorderRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class EventContent:
     """An event. `reason`: a CamelCase identifier. `note`: a sentence. `action`: what was tried."""
 
     regarding: ObjectReference
@@ -74,67 +74,67 @@ class Recorder:
         self._client = client
         self._reporter = controller, instance
         self._rules = rules or RecorderRules()
-        self._series: OrderedDict[Said, _Series] = OrderedDict()
-        self._waiting: OrderedDict[Said, None] = OrderedDict()
-        self._something = trio.Event()
+        self._series: OrderedDict[EventContent, _Series] = OrderedDict()
+        self._waiting: OrderedDict[EventContent, None] = OrderedDict()
+        self._queued = trio.Event()
         self._errors = ErrorLog("Kubernetes events")
 
-    def say(self, said: Said) -> None:
+    def record(self, content: EventContent) -> None:
         """Queue an event about an object."""
         now = trio.current_time()
-        series = self._series.get(said)
+        series = self._series.get(content)
         if series is None or now - series.last > self._rules.forget_after:
-            series = self._series[said] = _Series()
+            series = self._series[content] = _Series()
         else:
             series.count += 1
         series.last = now
-        self._series.move_to_end(said)
+        self._series.move_to_end(content)
         while len(self._series) > self._rules.max_remembered:
             old, _ = self._series.popitem(last=False)
             self._drop(old)
-        self._waiting[said] = None
+        self._waiting[content] = None
         while len(self._waiting) > self._rules.max_queued:
             self._drop(next(iter(self._waiting)))
-        self._something.set()
+        self._queued.set()
 
-    def _drop(self, said: Said) -> None:
-        if said in self._waiting:
-            del self._waiting[said]
+    def _drop(self, content: EventContent) -> None:
+        if content in self._waiting:
+            del self._waiting[content]
             self.dropped += 1
 
     async def run(self) -> None:
         """Write queued events, until cancelled."""
         while True:
             if not self._waiting:
-                await self._something.wait()
-            self._something = trio.Event()
+                await self._queued.wait()
+            self._queued = trio.Event()
             now = trio.current_time()
             due = [
-                said
-                for said in self._waiting
-                if now - self._series[said].written_at >= self._rules.repeat_interval
+                content
+                for content in self._waiting
+                if now - self._series[content].written_at >= self._rules.repeat_interval
             ]
-            for said in due:
+            for content in due:
                 if (
-                    self._waiting.pop(said, False) is None
-                    and (series := self._series.get(said)) is not None
+                    self._waiting.pop(content, False) is None
+                    and (series := self._series.get(content)) is not None
                 ):
-                    await self._write(said, series)
+                    await self._write(content, series)
                     await trio.sleep(self._rules.interval)
             if self._waiting and not due:  # only repetitions, and no count is due yet
                 first = (
-                    min(self._series[said].written_at for said in self._waiting)
+                    min(self._series[content].written_at for content in self._waiting)
                     + self._rules.repeat_interval
                 )
                 with trio.move_on_at(max(first, now + self._rules.interval)):
-                    await self._something.wait()
+                    await self._queued.wait()
 
-    async def _write(self, said: Said, series: _Series) -> None:
+    async def _write(self, content: EventContent, series: _Series) -> None:
         count = series.count
         try:
             if series.stored is None:
                 series.stored = await self._client.create(
-                    EVENTS, self._event(said), said.regarding.namespace or "default"
+                    EVENTS, self._event(content), content.regarding.namespace or "default"
                 )
             if count > 1:
                 changes = {"series": {"count": count, "lastObservedTime": _now()}}
@@ -148,20 +148,20 @@ class Recorder:
             self._errors.failed(str(error))
         series.written_at = trio.current_time()
 
-    def _event(self, said: Said) -> Event:
+    def _event(self, content: EventContent) -> Event:
         controller, instance = self._reporter
         unique = f"{random.getrandbits(64):016x}"  # part of a name, not a secret
-        name = f"{said.regarding.name[:_MOST_NAME].rstrip('.-')}.{unique}"
+        name = f"{content.regarding.name[:_MOST_NAME].rstrip('.-')}.{unique}"
         return Event(
-            metadata=Meta(name=name, namespace=said.regarding.namespace or "default"),
+            metadata=Meta(name=name, namespace=content.regarding.namespace or "default"),
             event_time=_now(),
-            type="Warning" if said.warning else "Normal",
-            reason=said.reason[:_MOST_WORD],
-            action=said.action[:_MOST_WORD],
-            note=said.note.encode()[:_MOST_NOTE].decode(errors="ignore"),
+            type="Warning" if content.warning else "Normal",
+            reason=content.reason[:_MOST_WORD],
+            action=content.action[:_MOST_WORD],
+            note=content.note.encode()[:_MOST_NOTE].decode(errors="ignore"),
             reporting_controller=controller,
             reporting_instance=instance[:_MOST_WORD],
-            regarding=said.regarding,
+            regarding=content.regarding,
         )
 
 

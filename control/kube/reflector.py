@@ -96,9 +96,9 @@ class _Relist(Exception):
 class Reflector(Generic[S, T]):
     """A copy of the objects of `selection`.
 
-    `keep` makes the stored value of each object (None: ignore the object). `tell` is called for
-    each difference, with the key and the new value (None: gone). `tell` must not block. Before the
-    first complete list nothing is reported. `synced` is set after it.
+    `keep` makes the stored value of each object (None: ignore the object). `on_change` is called
+    for each difference, with the key and the new value (None: gone). `on_change` must not block.
+    Before the first complete list nothing is reported. `synced` is set after it.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Reflector(Generic[S, T]):
         client: Client,
         resource: Resource[S],
         keep: Callable[[S], T | None],
-        tell: Callable[[Key, T | None], None],
+        on_change: Callable[[Key, T | None], None],
         selection: Selection | None = None,
     ) -> None:
         self.resource = resource
@@ -116,17 +116,17 @@ class Reflector(Generic[S, T]):
         self.counts = Counts()
         self.error = ""  # the last error; "" if all is well
         self._log = ErrorLog(f"list and watch of {resource.plural}")
-        self.heard = float("-inf")  # when data last came from the server
+        self.last_data = float("-inf")  # when data last came from the server
         self.rules = WatchRules()
         self.chance = random.Random()  # noqa: S311  # it spreads load
         self._client = client
         self._keep = keep
-        self._tell = tell
+        self._on_change = on_change
         self._selection = selection or Selection()
         self._version = ""
         self._streaming = True
         self._silent = 0  # watches in a row without any data
-        self._doubt = False  # the server may not know our version any more
+        self._version_unsure = False  # the server may not know our version any more
         self._page = 0
 
     async def run(self) -> None:
@@ -135,7 +135,7 @@ class Reflector(Generic[S, T]):
         self._page = self.rules.page_size
         while True:
             began = trio.current_time()
-            asked = 0.0
+            retry_after = 0.0
             try:
                 await self._once()
                 if trio.current_time() - began >= self.rules.min_healthy:
@@ -146,14 +146,14 @@ class Reflector(Generic[S, T]):
                 self.counts.relists += 1
             except KubeError as error:
                 self._failed(str(error))
-                self._doubt = True
+                self._version_unsure = True
                 if isinstance(error, Refused):
-                    asked = min(error.retry_after or 0.0, self.rules.max_retry_after)
+                    retry_after = min(error.retry_after or 0.0, self.rules.max_retry_after)
                     if error.expired or error.from_the_future:
                         self._version = ""
                         self.counts.relists += 1
             self.state = "waiting"
-            await trio.sleep(asked + backoff.failed(trio.current_time()))
+            await trio.sleep(retry_after + backoff.failed(trio.current_time()))
 
     def _failed(self, why: str) -> None:
         self.counts.failures += 1
@@ -169,7 +169,7 @@ class Reflector(Generic[S, T]):
         error.
         """
         if self._version:
-            if self._doubt:
+            if self._version_unsure:
                 await self._ask_version()
             await self._watch()
             return
@@ -200,7 +200,7 @@ class Reflector(Generic[S, T]):
                     if token and error.expired:
                         self._page *= 2
                     raise
-                self.heard = trio.current_time()
+                self.last_data = trio.current_time()
                 grown = [self._collect(found, item) for item in page.items or ()]
                 version = version or page.metadata.resource_version
                 token = page.metadata.continue_
@@ -265,12 +265,12 @@ class Reflector(Generic[S, T]):
         self._check(version)
         for key in [key for key in self.known if key not in found]:
             del self.known[key]
-            self._tell(key, None)
+            self._on_change(key, None)
         for key, kept in found.items():
             if self.known.get(key) != kept:
                 self.known[key] = kept
-                self._tell(key, kept)
-        self._version, self._doubt = version, False
+                self._on_change(key, kept)
+        self._version, self._version_unsure = version, False
         self.counts.lists += 1
         self._works()
         self.synced.set()
@@ -284,7 +284,7 @@ class Reflector(Generic[S, T]):
                 f"the server is at {page.metadata.resource_version}, which is older than"
                 f" {self._version}"
             )
-        self._doubt = False
+        self._version_unsure = False
 
     async def _watch(self) -> None:
         await self._follow({"resourceVersion": self._version}, None, lambda: None)
@@ -307,7 +307,7 @@ class Reflector(Generic[S, T]):
                 self.state = "watching"
                 self._works()
             while data := await self._receive(answer, listing=found is not None):
-                self.heard, self._silent = trio.current_time(), 0
+                self.last_data, self._silent = trio.current_time(), 0
                 for line in lines.feed(data):
                     event = event_of(line, self.resource)
                     if found is None:
@@ -359,7 +359,7 @@ class Reflector(Generic[S, T]):
             )
         else:
             self.known[key] = kept
-        self._tell(key, kept)
+        self._on_change(key, kept)
 
     def _check(self, version: str) -> None:
         if not version or version == "0" or len(version) > 100:

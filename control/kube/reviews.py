@@ -25,18 +25,18 @@ async def review_token(client: Client, token: str, audience: str) -> UserInfo | 
     review = TokenReview(spec=TokenReviewSpec(token, (audience,)))
     answer = await client.create(TOKEN_REVIEWS, review, stored=False)
     status = answer.status
-    good = (
+    valid = (
         status.authenticated
         and not status.error
         and audience in (status.audiences or ())
         and bool(status.user.username)
     )
-    return status.user if good else None
+    return status.user if valid else None
 
 
-async def may(client: Client, user: UserInfo, wish: ResourceAttributes) -> bool:
-    """Whether `user` is allowed to do `wish`. Raises KubeError."""
-    spec = AccessReviewSpec(wish, user.username, user.groups, user.uid, user.extra)
+async def may(client: Client, user: UserInfo, attributes: ResourceAttributes) -> bool:
+    """Whether `user` is allowed to do `attributes`. Raises KubeError."""
+    spec = AccessReviewSpec(attributes, user.username, user.groups, user.uid, user.extra)
     answer = await client.create(ACCESS_REVIEWS, SubjectAccessReview(spec=spec), stored=False)
     return answer.status.allowed and not answer.status.denied
 

@@ -181,12 +181,13 @@ class Breaker:
             how is Failure.SILENCE and self.responds and not 0 < row <= self.silences
         )
 
-    def record_success(self, *, probe: bool = False, begun: bool = False) -> bool:
-        """A request was answered. `begun`: the response has started, and may still fail. That does
-        not reset the count of consecutive failures, but it shows that the endpoint responds."""
+    def record_success(self, *, probe: bool = False, response_started: bool = False) -> bool:
+        """A request was answered. `response_started`: the response has started, and may still fail.
+        That does not reset the count of consecutive failures, but it shows that the endpoint
+        responds."""
         self.silences = 0
         if self.state is State.CLOSED:
-            if not begun:
+            if not response_started:
                 self.failures = 0
             return False
         if not self.unreachable and not probe:

@@ -312,10 +312,12 @@ class EndpointSet:
         """Whether an endpoint failed recently."""
         return bool(self._failed)
 
-    def record_success(self, active: ActiveRequest, *, begun: bool) -> None:
+    def record_success(self, active: ActiveRequest, *, response_started: bool) -> None:
         if self._failed:
             breaker = self._failed.get(active.endpoint.address)
-            if breaker is not None and breaker.record_success(probe=active.probe, begun=begun):
+            if breaker is not None and breaker.record_success(
+                probe=active.probe, response_started=response_started
+            ):
                 if self._all_open:
                     self._shorten_penalties(active.policy)
                 self._on_breaker_change(active.endpoint.address, breaker)
@@ -420,15 +422,15 @@ class ActiveRequest:
         return self._has_outcome
 
     def record_response(
-        self, seconds: float | None, *, bad: bool = False, begun: bool = False
+        self, seconds: float | None, *, bad: bool = False, response_started: bool = False
     ) -> None:
         """The endpoint answered after `seconds` (None: not measured). `bad`: with an error that
-        does not count against the endpoint. `begun`: the response has started, and may still
-        fail."""
+        does not count against the endpoint. `response_started`: the response has started, and may
+        still fail."""
         self._has_outcome = True
         if self.load is not None:
             self._endpoint_set.record_latency(self, seconds, bad=bad)
-        self._endpoint_set.record_success(self, begun=begun)
+        self._endpoint_set.record_success(self, response_started=response_started)
 
     def record_failure(
         self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE

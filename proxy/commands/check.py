@@ -20,6 +20,7 @@ from proxy.commands.checks import (
     check_certificates,
     check_clock,
     check_configuration,
+    check_control,
     check_directory,
     worst,
 )
@@ -32,7 +33,7 @@ Check that this pod is set up correctly, and say what is wrong and how to fix it
   certificates    certificate, key and trust roots fit together and are valid
   proxy           if a proxy already runs here: it is ready
   clock           this machine's time is plausible
-  directory       the directory file is valid
+  directory       the directory file is valid, or the control plane answers
   redirection     a connection to an unused address arrives at the proxy (it carries no data)
   names           if `dns` is configured: queries to the pod's resolvers arrive at the proxy
   peers           the directory's endpoints and gateways answer and have the expected identities
@@ -148,6 +149,8 @@ async def examine(args: argparse.Namespace) -> list[Result]:
         results += found
     found, directory = check_directory(config)
     results += found
+    if "directory" in wanted:
+        results += await check_control(config, identity, args.timeout)
     if "redirection" in wanted:
         results += await check_redirection(config, args.probe_port, args.timeout)
     if "names" in wanted:
@@ -157,8 +160,8 @@ async def examine(args: argparse.Namespace) -> list[Result]:
     certificate = config.identity.certificate if config.identity is not None else None
     # Last, so that the clock is observed over the time of all other checks.
     results += check_clock(certificate, started, reported)
-    asked = [result for result in results if result.name in wanted]
-    return sorted(asked, key=lambda result: CHECKS.index(result.name))
+    selected = [result for result in results if result.name in wanted]
+    return sorted(selected, key=lambda result: CHECKS.index(result.name))
 
 
 def _as_json(results: Sequence[Result]) -> str:

@@ -55,7 +55,7 @@ async def check_names(config: Config, timeout: float) -> list[Result]:
     except ConfigError as error:
         return [Result(_NAME, "failed", str(error), "set dns.upstreams, or fix the file")]
     results = []
-    for ours, upstream in resolvers.ways_in(config.dns):
+    for ours, upstream in resolvers.listen_addresses(config.dns):
         results.append(await _datagram(ours, upstream, timeout))
         results.append(await _connection(config.dns, upstream, timeout))
     return results

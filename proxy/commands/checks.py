@@ -1,5 +1,5 @@
-"""The checks of `isthmus check` that need no traffic: configuration, certificates, clock,
-directory.
+"""The checks of `isthmus check` that need no traffic, or one connection to the control plane:
+configuration, certificates, clock, directory.
 
 Every check returns results and never raises: a failed check is a finding, and the next checks still
 run.
@@ -19,9 +19,15 @@ from proxy.commands.directory import counted
 from proxy.config import load as config
 from proxy.config.load import Config, ConfigError
 from proxy.directory import Directory, DirectoryError, watcher
+from proxy.directory.channel.connector import Connector
+from proxy.directory.channel.messages import ChannelError, Hello
+from proxy.directory.channel.source import ControlSource
+from proxy.directory.former_identities import FormerIdentities
 from proxy.identity import credential_files, credentials
 from proxy.identity.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
 from proxy.identity.inspect import expiry_in_words, in_words, life_left
+from proxy.net.dial import Dialer
+from proxy.net.tls.expiry import Expiries
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -230,9 +236,8 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
         )
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
-    if path is None:
-        what = "the directory comes from the control plane, so there is no file to check"
-        return [Result(name, "skipped", what, "see isthmus_directory_connected")], None
+    if path is None:  # check_control has the result
+        return [], None
     try:
         text = watcher.read(path)
         found = directory.parse(text, str(path))
@@ -254,6 +259,35 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
             f" {counted(found.endpoint_count, 'endpoint')}",
         )
     ], found
+
+
+async def check_control(
+    settings: Config, identity: Identity | None, timeout: float
+) -> list[Result]:
+    """If the directory comes from the control plane: connect to it as the proxy does. `timeout` in
+    seconds."""
+    section = settings.directory
+    if section is None or section.control is None:
+        return []
+    name, control = "directory", section.control
+    if identity is None:
+        what = f"the control plane at {control.address} was not tried without a valid certificate"
+        return [Result(name, "skipped", what, "see the results for certificates")]
+    source = ControlSource(
+        control,
+        Hello(settings.pod.node, settings.pod.zone, settings.pod.name),
+        # this connection is closed at once, so no certificate ends it
+        Connector(identity, Dialer().dial, Expiries(0.0, lambda _: None, enabled=False)),
+        FormerIdentities(section.remember, section.max_remembered),
+    )
+    try:
+        replica = await source.probe(timeout)
+    except ChannelError as error:
+        what = f"the control plane at {control.address} cannot be used: {error}"
+        remedy = "fix directory.control, or look at the pods and logs of the control plane"
+        return [Result(name, "failed", what, remedy)]
+    what = f"the control plane at {control.address} answers, replica {replica}"
+    return [Result(name, "ok", what)]
 
 
 def worst(results: Iterable[Result]) -> Status:

@@ -177,7 +177,7 @@ def _from_config(path: Path | None) -> InterceptSettings:
 def _captured(dns: DnsConfig, resolvers: Resolvers) -> tuple[Captured, ...]:
     return tuple(
         Captured(upstream.host, upstream.port, ours.port)
-        for ours, upstream in resolvers.ways_in(dns)
+        for ours, upstream in resolvers.listen_addresses(dns)
     )
 
 

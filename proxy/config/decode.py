@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from proxy.config.document import Mistakes, Plain, child, mapping, said, unknown_keys
+from proxy.config.document import Mistakes, Plain, child, describe, mapping, unknown_keys
 from proxy.config.units import (
     LEAVES,
     parse_duration,
@@ -154,7 +154,7 @@ def _decode(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> object:
 
 def _decode_list(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> object:
     if not isinstance(value, list):
-        mistakes.add(path, f"expected a list, found {said(value)}")
+        mistakes.add(path, f"expected a list, found {describe(value)}")
         return ()
     if form.most is not None and len(value) > form.most:
         mistakes.add(path, f"at most {form.most} elements, found {len(value)}")
@@ -184,7 +184,7 @@ def leaf(value: Plain, form: Shape) -> object:
     if get_origin(form.type) is Literal:
         if value in (choices := get_args(form.type)) and isinstance(value, str):
             return value
-        raise ValueError(f"expected one of {', '.join(choices)}; found {said(value)}")
+        raise ValueError(f"expected one of {', '.join(choices)}; found {describe(value)}")
     if form.type in LEAVES:
         result = LEAVES[form.type][0](value)
         if isinstance(result, str) and len(result) > (form.most or 253):
@@ -193,7 +193,7 @@ def leaf(value: Plain, form: Shape) -> object:
     if form.type is bool:
         if isinstance(value, bool):
             return value
-        raise ValueError(f"expected true or false, found {said(value)}")
+        raise ValueError(f"expected true or false, found {describe(value)}")
     return _bounded(value, form)
 
 
@@ -209,15 +209,15 @@ def _bounded(value: Plain, form: Shape) -> float:
             or isinstance(value, bool)
             or not math.isfinite(value)
         ):
-            raise ValueError(f"expected a number such as 0.2, found {said(value)}")
+            raise ValueError(f"expected a number such as 0.2, found {describe(value)}")
         amount = float(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         amount = value
     else:
-        raise ValueError(f"expected a whole number, found {said(value)}")
+        raise ValueError(f"expected a whole number, found {describe(value)}")
     low, high = form.meta.ge, form.meta.le
     if (low is not None and amount < low) or (high is not None and amount > high):
-        raise ValueError(f"must be {limits(form)}, found {said(value)}")
+        raise ValueError(f"must be {limits(form)}, found {describe(value)}")
     return amount
 
 

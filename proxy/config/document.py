@@ -84,7 +84,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def said(value: Plain) -> str:
+def describe(value: Plain) -> str:
     """A value as shown in a mistake: short, on one line."""
     match value:
         case None:
@@ -104,7 +104,7 @@ def mapping(value: Plain, path: str, mistakes: Mistakes) -> dict[str, Plain] | N
     """`value` if it is a mapping; otherwise adds a mistake and returns None."""
     if isinstance(value, dict):
         return value
-    mistakes.add(path, f"expected a mapping, found {said(value)}")
+    mistakes.add(path, f"expected a mapping, found {describe(value)}")
     return None
 
 
@@ -113,7 +113,7 @@ def sequence(value: Plain, path: str, mistakes: Mistakes) -> list[Plain]:
     if isinstance(value, list):
         return value
     if value is not None:
-        mistakes.add(path, f"expected a list, found {said(value)}")
+        mistakes.add(path, f"expected a list, found {describe(value)}")
     return []
 
 

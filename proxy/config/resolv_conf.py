@@ -38,22 +38,22 @@ class Resolvers:
     @classmethod
     def of(cls, config: DnsConfig) -> Resolvers:
         """Raises ConfigError if there are none: then nothing could be captured or forwarded."""
-        told = cls(config.upstreams, config.search)
-        if told.upstreams and told.search:
-            return told
+        configured = cls(config.upstreams, config.search)
+        if configured.upstreams and configured.search:
+            return configured
         try:
             found = parse(files.read_text(config.resolv_conf, _MOST_BYTES))
         except files.FileUnusable as error:
-            if told.upstreams:
-                return told
+            if configured.upstreams:
+                return configured
             raise ConfigError(str(config.resolv_conf), [error.reason]) from error
-        if not told.upstreams and not found.upstreams:
+        if not configured.upstreams and not found.upstreams:
             raise ConfigError(
                 str(config.resolv_conf), ["lists no usable resolver: set dns.upstreams"]
             )
-        return cls(told.upstreams or found.upstreams, told.search or found.search)
+        return cls(configured.upstreams or found.upstreams, configured.search or found.search)
 
-    def ways_in(self, config: DnsConfig) -> Iterator[tuple[Address, Address]]:
+    def listen_addresses(self, config: DnsConfig) -> Iterator[tuple[Address, Address]]:
         """(our address, resolver): where datagrams for each resolver arrive. Leaves out address
         families without a listener.
         """

@@ -16,7 +16,7 @@ import msgspec
 
 from proxy import files
 from proxy.config.decode import fields, is_struct
-from proxy.config.document import DocumentError, Mistakes, Plain, closest, said
+from proxy.config.document import DocumentError, Mistakes, Plain, closest, describe
 from proxy.config.document import load as load_document
 
 PREFIX = "ISTHMUS_"
@@ -56,7 +56,7 @@ def read_file(path: Path, source: str, settle: float) -> dict[str, Plain]:
     except DocumentError as error:
         raise ConfigError(source, error.mistakes) from error
     if not isinstance(values, dict | None):
-        raise ConfigError(source, [f"expected a mapping of sections, found {said(values)}"])
+        raise ConfigError(source, [f"expected a mapping of sections, found {describe(values)}"])
     return values or {}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from proxy.config.document import Plain, closest, said
+from proxy.config.document import Plain, closest, describe
 from proxy.identity.spiffe import IdentityPattern
 from proxy.net.address import Address
 
@@ -92,7 +92,7 @@ def parse_duration(value: Plain) -> float:
         else ""
     )
     raise ValueError(
-        f'expected a duration such as "500ms", "10s", "5m" or "1h", found {said(value)}{unit}'
+        f'expected a duration such as "500ms", "10s", "5m" or "1h", found {describe(value)}{unit}'
     )
 
 
@@ -103,7 +103,7 @@ def parse_size(value: Plain) -> int:
     if isinstance(value, str) and (match := _SIZE.match(value)):
         return int(match[1]) * _BYTES[match[2] or "B"]
     raise ValueError(
-        f'expected a size such as "64KiB", "1MiB" or a number of bytes, found {said(value)}'
+        f'expected a size such as "64KiB", "1MiB" or a number of bytes, found {describe(value)}'
     )
 
 
@@ -129,14 +129,14 @@ def _address(value: Plain) -> Address:
     if isinstance(value, str):
         return Address.parse(value)
     hint = ' (an IPv6 address needs quotes: "[::1]:4140")' if isinstance(value, list) else ""
-    raise ValueError(f'expected an address such as "127.0.0.1:4140", found {said(value)}{hint}')
+    raise ValueError(f'expected an address such as "127.0.0.1:4140", found {describe(value)}{hint}')
 
 
 def _ip(value: Plain) -> IP:
     try:
         return ipaddress.ip_address(_text(value))
     except ValueError:
-        raise ValueError(f"expected an IP address, found {said(value)}") from None
+        raise ValueError(f"expected an IP address, found {describe(value)}") from None
 
 
 def _network(value: Plain) -> Network:
@@ -144,13 +144,13 @@ def _network(value: Plain) -> Network:
         return ipaddress.ip_network(_text(value))
     except ValueError as error:
         raise ValueError(
-            f'expected a subnet such as "10.0.0.0/8", found {said(value)}: {error}'
+            f'expected a subnet such as "10.0.0.0/8", found {describe(value)}: {error}'
         ) from None
 
 
 def _text(value: Plain) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"expected text, found {said(value)}")
+        raise ValueError(f"expected text, found {describe(value)}")
     return value
 
 
@@ -169,7 +169,9 @@ def _port_switch(value: Plain) -> PortSwitch:
         case dict():
             for state in value.values():
                 if not isinstance(state, bool):
-                    raise ValueError(f"expected true or false for each port, found {said(state)}")
+                    raise ValueError(
+                        f"expected true or false for each port, found {describe(state)}"
+                    )
             ports = {
                 parse_port(port): state is True
                 for port, state in value.items()
@@ -178,7 +180,7 @@ def _port_switch(value: Plain) -> PortSwitch:
             return PortSwitch(value.get("default") is True, ports)
     raise ValueError(
         "expected true, false, a list of ports, or a mapping of ports to true or false, found"
-        f" {said(value)}"
+        f" {describe(value)}"
     )
 
 
@@ -195,7 +197,7 @@ def _statuses(value: Plain) -> StatusRange:
         if 400 <= low <= high <= 599:
             return StatusRange(low, high)
     raise ValueError(
-        f"expected statuses such as 503, 5xx or 500-504, from 400 to 599, found {said(value)}"
+        f"expected statuses such as 503, 5xx or 500-504, from 400 to 599, found {describe(value)}"
     )
 
 
@@ -207,7 +209,9 @@ def _grpc_code(value: Plain) -> GrpcCode:
         ):
             return code
     near = closest(name, GrpcCode.__members__) if name else ""
-    raise ValueError(f"expected a gRPC status such as unavailable or 14, found {said(value)}{near}")
+    raise ValueError(
+        f"expected a gRPC status such as unavailable or 14, found {describe(value)}{near}"
+    )
 
 
 def parse_port(value: Plain) -> int:
@@ -215,7 +219,7 @@ def parse_port(value: Plain) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
-        raise ValueError(f"expected a port from 1 to 65535, found {said(value)}")
+        raise ValueError(f"expected a port from 1 to 65535, found {describe(value)}")
     return value
 
 

@@ -18,7 +18,6 @@ from proxy.directory.json_schema import directory_schema
 from proxy.directory.reader import DirectoryError, parse
 from proxy.directory.snapshot import (
     UNANSWERED,
-    Asked,
     Backend,
     Cluster,
     Directory,
@@ -28,6 +27,7 @@ from proxy.directory.snapshot import (
     Plan,
     Port,
     Remote,
+    Requested,
     Service,
     Target,
     itself,
@@ -36,7 +36,6 @@ from proxy.directory.snapshot import (
 
 __all__ = [
     "UNANSWERED",
-    "Asked",
     "Backend",
     "Cluster",
     "Directory",
@@ -49,6 +48,7 @@ __all__ = [
     "Plan",
     "Port",
     "Remote",
+    "Requested",
     "Service",
     "Target",
     "compare",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from proxy.config.document import Plain, child, mapping, said, sequence, unknown_keys
+from proxy.config.document import Plain, child, describe, mapping, sequence, unknown_keys
 from proxy.directory.policy import DEFAULT_POLICY, read_policy
 from proxy.directory.service_names import LONGEST, full_name
 from proxy.directory.snapshot import Cluster, Endpoint, Gateway, Remote, Service, Target
@@ -114,7 +114,8 @@ class _Reader:
         if isinstance(value, str) and value.replace(".", "").isdigit():
             self._mistakes.add(
                 path,
-                f"expected a DNS name, found {said(value)} (an IP address belongs under `address`)",
+                f"expected a DNS name, found {describe(value)} (an IP address belongs under"
+                " `address`)",
             )
             return ""
         return self._values.domain(

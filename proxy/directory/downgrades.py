@@ -17,7 +17,7 @@ distinguishes everyday changes from changes that only accidents cause:
 Connections to a service without endpoints fail. A document permits what would be refused if it
 names it (`allow_identity_loss`). The proxy remembers what it accepted without permission
 (proxy/directory/former_identities.py): for a while it sends no clear text to the missing
-addresses."""
+addresses. The log names missing services, and a counter counts them."""
 
 from __future__ import annotations
 
@@ -35,21 +35,26 @@ _MOST_SAID = 20
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """The identity and the services that an address had."""
+    """The identity and the services that an address had. `in_place`: the directory still has the
+    address, without the identity."""
 
     identity: str
     services: frozenset[str]
     skip_ports: frozenset[int] = frozenset()
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Downgrades:
     """The result of a comparison. `refusals`: reasons to refuse the new directory, as sentences. If
     there are none, it is accepted. `former`: addresses that are missing in the new directory, or
-    have lost their identity without permission: pods by host, services by cluster address."""
+    have lost their identity without permission: pods by host, services by cluster address; also
+    those of services without endpoints, which may leave next. `missing`: services with identities
+    that are missing without permission."""
 
     refusals: tuple[str, ...] = ()
     former: Mapping[str | Address, Former] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 def compare(old: Directory, new: Directory, max_loss: float) -> Downgrades:
@@ -58,7 +63,9 @@ def compare(old: Directory, new: Directory, max_loss: float) -> Downgrades:
     comparison = _Comparison(old, new)
     refusals = comparison.refusals(max_loss) if not new.allowance.everything else []
     more = [f"and {len(refusals) - _MOST_SAID} more"] if len(refusals) > _MOST_SAID else []
-    return Downgrades((*refusals[:_MOST_SAID], *more), comparison.former() if not refusals else {})
+    if refusals:
+        return Downgrades((*refusals[:_MOST_SAID], *more))
+    return Downgrades((), comparison.former(), comparison.missing())
 
 
 class _Comparison:
@@ -87,7 +94,7 @@ class _Comparison:
             identity, service = _identity(target), target.service or ""
             if (
                 identity
-                and address not in self._new.clustered
+                and not _leads_somewhere(self._new.clustered.get(address))
                 and not self._allows((address.host, service))
             ):
                 found[address] = Former(identity, frozenset((service,)))
@@ -180,13 +187,20 @@ class _Comparison:
                     f" {after.service}, where {plain} has none"
                 )
 
-    def _gone(self, max_loss: float) -> Iterator[str]:
-        meshed = [
+    def _meshed(self) -> list[str]:
+        return [
             service.qualified
             for service in self._old.services
             if any(map(_identity, service.targets.values()))
         ]
-        gone = [name for name in meshed if name not in self._after and not self._allows((name,))]
+
+    def missing(self) -> tuple[str, ...]:
+        return tuple(
+            name for name in self._meshed() if name not in self._after and not self._allows((name,))
+        )
+
+    def _gone(self, max_loss: float) -> Iterator[str]:
+        meshed, gone = self._meshed(), self.missing()
         if gone and len(gone) >= max_loss * len(meshed):
             more = f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else ""
             yield (
@@ -203,6 +217,10 @@ def _hosts(service: Service) -> set[str]:
         if target is not None and target.remote is None
         else set()
     )
+
+
+def _leads_somewhere(target: Target | None) -> bool:
+    return target is not None and bool(target.endpoints or target.plan is not None)
 
 
 def _identity(target: Target) -> str:

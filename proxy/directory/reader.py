@@ -14,9 +14,9 @@ from proxy.config.document import (
     Mistakes,
     Plain,
     child,
+    describe,
     load,
     mapping,
-    said,
     sequence,
     unknown_keys,
 )
@@ -264,7 +264,7 @@ class _Builder:
         if not isinstance(zone, str) or len(zone) > 63:
             self.mistakes.add(
                 child(path, "zone"),
-                f"expected a string of at most 63 characters, found {said(zone)}",
+                f"expected a string of at most 63 characters, found {describe(zone)}",
             )
         elsewhere = self._own_ports(given.get("ports"), child(path, "ports"), ports)
         skipped = (

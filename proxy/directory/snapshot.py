@@ -202,7 +202,7 @@ class Allowance:
 
 
 @dataclass(slots=True)
-class Asked:
+class Requested:
     """What a directory has of the control plane's answers. Unlike a snapshot it changes: all
     snapshots of one source share it."""
 
@@ -221,7 +221,7 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class Directory:
     """A snapshot, made by `parse`. `Directory()` is empty, and resolves every address to itself.
-    `asked`: set if it has only what the proxy asked for (proxy/directory/channel)."""
+    `requested`: set if it has only what the proxy asked for (proxy/directory/channel)."""
 
     services: tuple[Service, ...] = ()
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
@@ -231,7 +231,7 @@ class Directory:
     pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
     _names: ServiceNames[Service] = field(default_factory=ServiceNames, repr=False)
     allowance: Allowance = Allowance()
-    asked: Asked | None = field(default=None, repr=False, compare=False)
+    requested: Requested | None = field(default=None, repr=False, compare=False)
     _by_family: dict[tuple[int, bool], Target] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -246,7 +246,7 @@ class Directory:
         if pod is None:
             if original.host.startswith("::ffff:"):
                 return self.known(Address(normalised(original.host), original.port))
-            if self.asked is not None and original.host in self.asked.hosts:
+            if self.requested is not None and original.host in self.requested.hosts:
                 return UNANSWERED
             return None
         return Target(None, (pod.at(original),))
@@ -272,8 +272,8 @@ class Directory:
         parts = split_authority(authority)
         if (
             parts is not None
-            and self.asked is not None
-            and not self.asked.answered(self._names.local(parts[0], namespace))
+            and self.requested is not None
+            and not self.requested.answered(self._names.local(parts[0], namespace))
         ):
             return UNANSWERED
         service = self._names.find(parts[0], namespace) if parts is not None else None

@@ -23,8 +23,8 @@ from proxy.config.document import (
     Plain,
     child,
     closest,
+    describe,
     mapping,
-    said,
     sequence,
     unknown_keys,
 )
@@ -157,7 +157,7 @@ class _Reader:
             wrong = (
                 "must be given"
                 if weight is None
-                else f"expected a whole number from 0 to {MAX_SHARE}, found {said(weight)}"
+                else f"expected a whole number from 0 to {MAX_SHARE}, found {describe(weight)}"
             )
             self._mistakes.add(child(path, "weight"), wrong)
             weight = 0
@@ -183,7 +183,7 @@ class _Reader:
         if isinstance(below, bool) or not isinstance(below, int) or not 1 <= below <= 1_000_000:
             self._mistakes.add(
                 child(path, "below"),
-                f"expected a whole number from 1 to 1000000, found {said(below)}",
+                f"expected a whole number from 1 to 1000000, found {describe(below)}",
             )
             below = 1
         listed = sequence(given.get("clusters"), child(path, "clusters"), self._mistakes)
@@ -196,7 +196,8 @@ class _Reader:
                 continue
             if cluster in found or cluster == "":
                 self._mistakes.add(
-                    here, f"{said(item)} is {'listed twice' if cluster else 'this cluster itself'}"
+                    here,
+                    f"{describe(item)} is {'listed twice' if cluster else 'this cluster itself'}",
                 )
             elif (service := self._find(raw.service.qualified, cluster, here)) is not None:
                 found[cluster] = service
@@ -210,7 +211,8 @@ class _Reader:
             return value
         near = closest(value, self._context.clusters) if isinstance(value, str) else ""
         self._mistakes.add(
-            path, f"expected the name of a cluster in `clusters`, found {said(value)}{near}"
+            path,
+            f"expected the name of a cluster in `clusters`, found {describe(value)}{near}",
         )
         return None
 

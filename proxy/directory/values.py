@@ -11,8 +11,8 @@ from proxy.config.document import (
     Plain,
     child,
     closest,
+    describe,
     mapping,
-    said,
     sequence,
     unknown_keys,
 )
@@ -39,7 +39,7 @@ class Values:
             return value
         expected = "expected a name of at most 63 lower-case letters, digits and dashes"
         self.mistakes.add(
-            path, "must be given" if value is None else f"{expected}, found {said(value)}"
+            path, "must be given" if value is None else f"{expected}, found {describe(value)}"
         )
         return ""
 
@@ -47,7 +47,8 @@ class Values:
         if isinstance(value, str) and len(value) <= LONGEST and DOMAIN.match(value):
             return value
         self.mistakes.add(
-            path, f"expected a domain name in lower case such as cluster.local, found {said(value)}"
+            path,
+            f"expected a domain name in lower case such as cluster.local, found {describe(value)}",
         )
         return ""
 
@@ -63,7 +64,7 @@ class Values:
                 (
                     "must be given"
                     if value is None
-                    else f"expected an IP address, found {said(value)}"
+                    else f"expected an IP address, found {describe(value)}"
                 ),
             )
             return ""
@@ -80,7 +81,7 @@ class Values:
             (
                 "must be given"
                 if value is None
-                else f"expected a port from 1 to 65535, found {said(value)}"
+                else f"expected a port from 1 to 65535, found {describe(value)}"
             ),
         )
         return 0
@@ -116,7 +117,8 @@ class Values:
             if LABEL.match(namespace) and LABEL.match(name):
                 return value
             self.mistakes.add(
-                path, f"expected a service as namespace/name, or an IP address, found {said(value)}"
+                path,
+                f"expected a service as namespace/name, or an IP address, found {describe(value)}",
             )
             return ""
         return self.host(value, path)
@@ -126,13 +128,13 @@ class Values:
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
         self.mistakes.add(
-            path, f"expected a whole number from {low} to {high}, found {said(value)}"
+            path, f"expected a whole number from {low} to {high}, found {describe(value)}"
         )
         return low
 
     def flag(self, value: Plain, path: str) -> bool:
         if not isinstance(value, bool):
-            self.mistakes.add(path, f"expected true or false, found {said(value)}")
+            self.mistakes.add(path, f"expected true or false, found {describe(value)}")
         return value is True
 
     def hint(self, value: Plain, path: str) -> Hint:
@@ -140,7 +142,7 @@ class Values:
         if hint is None:
             near = closest(value, _HINTS) if isinstance(value, str) else ""
             self.mistakes.add(
-                path, f"expected one of {', '.join(_HINTS)}; found {said(value)}{near}"
+                path, f"expected one of {', '.join(_HINTS)}; found {describe(value)}{near}"
             )
         return hint or Hint.DETECT
 
@@ -149,8 +151,8 @@ class Values:
             # No identity would mean clear text. An empty value must not cause that by accident.
             self.mistakes.add(
                 path,
-                f"expected a SPIFFE ID, found {said(value)} (omit the key for an endpoint without a"
-                " proxy)",
+                f"expected a SPIFFE ID, found {describe(value)} (omit the key for an endpoint"
+                " without a proxy)",
             )
             return None
         found = self._identities.get(value)

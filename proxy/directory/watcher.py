@@ -173,7 +173,7 @@ class DirectorySource:
             )
             self._complain(IdentityLoss(str(self.path), [words]), report)
             return
-        self.former.take(found, losses.former, now)
+        self.former.take(found, losses.former, now, losses.missing)
         self.current, self._digest = found, digest
         self._reported = self._refused = None
         report(None)

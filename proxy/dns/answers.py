@@ -127,15 +127,15 @@ class Answers:
                 return Forward(b"")
             if len(message.question) > 1:
                 return Reply(failure(wire, dns.rcode.FORMERR), "malformed")
-            asked = message.question[0]
+            question = message.question[0]
             _, length = dns.name.from_wire(wire, _HEADER)
         except dns.exception.DNSException:
             return Reply(failure(wire, dns.rcode.FORMERR), "malformed")
         forward = Forward(wire[_HEADER : _HEADER + length + 4])
-        if asked.rdclass != dns.rdataclass.IN:
+        if question.rdclass != dns.rdataclass.IN:
             return forward
-        say = self._words(asked.name, asked.rdtype)
-        return forward if say is None else _reply(wire, say)
+        fill = self._words(question.name, question.rdtype)
+        return forward if fill is None else _reply(wire, fill)
 
     def _words(
         self, name: dns.name.Name, kind: dns.rdatatype.RdataType
@@ -206,7 +206,7 @@ class Answers:
         return "answered" if message.answer else _negative(message, name, Verdict.NODATA)
 
 
-def _reply(wire: bytes, say: Callable[[dns.message.Message], Result]) -> Reply:
+def _reply(wire: bytes, fill: Callable[[dns.message.Message], Result]) -> Reply:
     try:
         query = dns.message.from_wire(wire)
     except (
@@ -218,7 +218,7 @@ def _reply(wire: bytes, say: Callable[[dns.message.Message], Result]) -> Reply:
     if query.edns > 0:
         message.set_rcode(dns.rcode.BADVERS)
         return Reply(message.to_wire(), "malformed")
-    result = say(message)
+    result = fill(message)
     return Reply(message.to_wire(), result)
 
 

@@ -59,15 +59,15 @@ class DnsServer:
 
     # Datagrams.
 
-    async def serve(self, ways_in: Sequence[tuple[socket.socket, Address]]) -> None:
+    async def serve(self, listen_addresses: Sequence[tuple[socket.socket, Address]]) -> None:
         """Serve the datagrams of these sockets until cancelled. Each socket has its resolver. Owns
         and closes the sockets."""
         try:
             async with trio.open_nursery() as nursery:
-                for sock, upstream in ways_in:
+                for sock, upstream in listen_addresses:
                     nursery.start_soon(receive, sock, partial(self._take, nursery, sock, upstream))
         finally:
-            for sock, _ in ways_in:
+            for sock, _ in listen_addresses:
                 sock.close()
 
     def _take(

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import trio
@@ -311,6 +312,14 @@ class Exchange(ABC):
             return None
         value = self.request.headers.get(b"grpc-timeout")
         return grpc.parse_timeout(value) if value is not None and self.is_grpc else None
+
+    def deadline(self, seconds: float | None) -> float:
+        """The end of a time limit that began with the exchange, on either path, in trio's time.
+        None: no limit, inf."""
+        if seconds is None:
+            return inf
+        begun = self.handoff.since if self.handoff is not None else None
+        return (begun or trio.current_time()) + seconds
 
     @property
     def is_grpc(self) -> bool:

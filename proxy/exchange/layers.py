@@ -131,10 +131,11 @@ def rescue(
                     made = made_up_grpc if exchange.is_grpc else made_up
                     head, body = made(answer, name(exchange), detail)
                     # the proxy nearest to the origin comes first (RFC 9209 §2)
-                    if detail and isinstance(error, IsthmusError) and error.said:
+                    if detail and isinstance(error, IsthmusError) and error.received_status:
                         head.headers.replace(
                             b"Proxy-Status",
-                            b"%b, %b" % (error.said, head.headers.get(b"proxy-status") or b""),
+                            b"%b, %b"
+                            % (error.received_status, head.headers.get(b"proxy-status") or b""),
                         )
                     if reports(exchange):
                         report(answer, head)

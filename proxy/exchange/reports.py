@@ -54,7 +54,7 @@ def reported(head: ResponseHead, stream: Stream) -> Undelivered | UpstreamClosed
         return None
     words = f"the proxy at {stream.peer} reports: {reason}"
     failure = UpstreamClosed(words) if reason in BROKEN else Undelivered(words, reason)
-    said = headers.get(b"proxy-status") or b""
-    if len(said) <= _LONGEST:
-        failure.said = said
+    received_status = headers.get(b"proxy-status") or b""
+    if len(received_status) <= _LONGEST:
+        failure.received_status = received_status
     return failure

@@ -318,7 +318,7 @@ class Http2Carrier(Carrier):
         self._key: bytes | None = None  # the key of the client's WebSocket handshake over HTTP/1.1
 
     @classmethod
-    def begun(
+    def of_stream(
         cls,
         mux: MultiplexedConnection,
         stream: Http2Stream,

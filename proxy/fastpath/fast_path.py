@@ -43,7 +43,7 @@ class FastPath(Host):
         # the watch task waits for it while no exchange is active
         self._wakeup: trio.Event | None = None
         self.running = False  # accepts connections
-        self._finished = self._handed_over = 0  # exchanges since the last call of `counts`
+        self._finished = self._handed_over = 0  # exchanges
 
     async def open(self) -> None:
         """Accept connections from now on. The caller must call `run` afterwards."""
@@ -103,9 +103,8 @@ class FastPath(Host):
             await fast_relay.carry()
 
     def counts(self) -> tuple[int, int]:
-        """Return the numbers of exchanges finished here and handed over since the last call."""
-        counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
-        return counts
+        """Return the numbers of exchanges finished here and handed over."""
+        return self._finished, self._handed_over
 
     def _recall(self) -> None:
         """The proxy is shutting down: return the connections that are between two exchanges. The
@@ -188,7 +187,12 @@ class FastPath(Host):
         soon = latest + 2 * PATIENCE
         for connection in list(self._busy):
             if connection.moved <= latest or connection.limit <= soon:
-                connection.hand_over()
+                try:
+                    connection.hand_over()
+                # error boundary: a bug in one exchange must not end the process
+                except Exception as error:
+                    _log.error("internal error while handing over an exchange", exc_info=error)
+                    self._busy.discard(connection)
 
     def _return_idle(self, now: float) -> float:
         """Return the connections that have been idle for half of the idle timeout. Returns the

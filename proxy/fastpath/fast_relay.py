@@ -169,11 +169,11 @@ class FastRelay:
         """Pass the end of this side's data on to the other side."""
         state = self._state
         try:
-            told = self._sides[1 - side].send_eof()
+            done = self._sides[1 - side].send_eof()
         except NetError as error:
             state.refused(side, error)
         else:
-            if not told:
+            if not done:
                 self.leave()
                 return
             state.end_forwarded(side)

@@ -47,8 +47,7 @@ def begin_exchange(
     ):
         return False
     now = trio.current_time()
-    seconds = exchange.call_timeout
-    limit = inf if seconds is None else now + seconds
+    limit = exchange.deadline(exchange.call_timeout)
     if limit < now + fast_path.patience:
         return False
     try:

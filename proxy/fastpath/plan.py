@@ -109,7 +109,7 @@ class StreamLease:
     def carrier(self) -> Http2Carrier:
         if self._stream is None or self._request is None:
             raise RuntimeError("the request has not been sent")
-        return Http2Carrier.begun(self.mux, self._stream, self._request, self.response)
+        return Http2Carrier.of_stream(self.mux, self._stream, self._request, self.response)
 
     def end(self, *, usable: bool = True) -> None:  # noqa: ARG002  # a stream is used once
         if self._stream is not None:

@@ -90,8 +90,8 @@ class ReadySocket:
         An event in this turn may be the end of the connection. It may also be the last response,
         but the end may have arrived after that. If the ordinary path has read from the connection
         since, OpenSSL may hold data that arrived later."""
-        heard, stream = self._event_loop.last_events, self.stream
-        silent = heard is not None and self._watched == IN and self.descriptor not in heard
+        events, stream = self._event_loop.last_events, self.stream
+        silent = events is not None and self._watched == IN and self.descriptor not in events
         return silent and stream.bytes_read == self._read and not stream.end_met
 
     def _on_unused_event(self, _: int) -> None:

@@ -40,15 +40,15 @@ async def await_confirmation(stream: Stream, timeout: float) -> None:
     caller keeps ownership of `stream`."""
     if not _agreed(stream):
         return
-    said = b""
+    answer = b""
     with trio.move_on_after(timeout) as scope:
         try:
-            said = await stream.receive_some(1)
-            if said == _CONNECTED:
-                stream.bytes_read -= len(said)
+            answer = await stream.receive_some(1)
+            if answer == _CONNECTED:
+                stream.bytes_read -= len(answer)
                 return
-            while len(said) < _LONGEST and (more := await stream.receive_some(_LONGEST)):
-                said += more
+            while len(answer) < _LONGEST and (more := await stream.receive_some(_LONGEST)):
+                answer += more
         except TLSFailed as error:  # the peer rejects our certificate
             raise UpstreamTLSError(f"mutual TLS with {stream.peer}: {error}", error.kind) from error
         except ConnectionLost as error:
@@ -56,7 +56,7 @@ async def await_confirmation(stream: Stream, timeout: float) -> None:
                 f"the proxy at {stream.peer} ended the connection before it sent the confirmation:"
                 f" {error}"
             ) from error
-    reason = "connect_timeout" if scope.cancelled_caught else said.decode("latin-1")
+    reason = "connect_timeout" if scope.cancelled_caught else answer.decode("latin-1")
     if reason in UNDELIVERED:
         raise Undelivered(
             f"the proxy at {stream.peer} could not connect to its application: {reason}", reason

@@ -9,12 +9,14 @@ applied them, and to apply them twice can send a request back to the cluster tha
 (linkerd2 #6569).
 
 The endpoint sees the gateway as its peer. The gateway sends the caller's identity in a field of the
-mesh. Proxies accept that field only from gateways that they are configured to trust."""
+mesh. Proxies accept that field only from gateways that they are configured to trust. An application
+without a proxy accepts it from this gateway, so no peer may send it such a field itself: the
+gateway inspects the bytes of a tunnel to such an application."""
 
 from __future__ import annotations
 
-from proxy.directory import Endpoint, Target
-from proxy.errors import NotAuthorised, NotExported
+from proxy.directory import Endpoint, Hint, Target
+from proxy.errors import NotAuthorised, NotExported, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
 from proxy.exchange.upgrade import carry
@@ -23,8 +25,13 @@ from proxy.flows.runtime import Runtime, closing
 from proxy.flows.serving import HttpLayers
 from proxy.flows.upstreams import Pools, upstream_protocol
 from proxy.identity.spiffe import SpiffeId
+from proxy.net.exceptions import NetError
+from proxy.net.relay import SILENT
+from proxy.net.socket_stream import Stream
 from proxy.routing.remote_gateways import LIVE
+from proxy.telemetry.records import note_end
 from proxy.wire.messages import Headers, ResponseHead
+from proxy.wire.sniff import Protocol
 
 NO_IDENTITY = "a gateway accepts only mutual TLS with a workload of its trust domain"
 
@@ -73,6 +80,12 @@ class GatewayPlanner:
 
     async def _tunnel(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.service = target.service
+        direct = self._rt.is_direct(endpoint)
+        if direct and target.protocol in (Hint.HTTP1, Hint.HTTP2):
+            raise RequestError(
+                f"this port of {target.service} accepts only HTTP, and {endpoint.address} has no"
+                " proxy that could inspect a tunnel"
+            )
         async with closing(await self._rt.connect_opaque(endpoint)) as upstream:
             account = self._rt.recorder.upstream("gateway", upstream)
             established = ResponseHead(200, Headers(), b"Connection established")
@@ -83,9 +96,34 @@ class GatewayPlanner:
                 exchange.record_upstream(upstream)
                 stream = await exchange.switch(established)
                 exchange.timer.unlimit()
-                await self._bridge(exchange, stream, upstream)
+                if (
+                    not direct
+                    or target.protocol is Hint.OPAQUE
+                    or await self._is_opaque(exchange, stream, upstream)
+                ):
+                    await self._bridge(exchange, stream, upstream)
             finally:
                 account.close()
+
+    async def _is_opaque(self, exchange: Exchange, stream: Stream, upstream: Stream) -> bool:
+        """Whether the bytes of a tunnel are not HTTP, so that the rest may be relayed. False: the
+        tunnel has ended. Raises RequestError if they are HTTP: requests have to come as such."""
+        try:
+            found = await self._rt.look(stream, upstream, self._rt.config.gateway.detect_timeout)
+        except NetError as error:
+            exchange.failure, exchange.failure_words = "tunnel_lost", str(error)
+            return False
+        finally:
+            exchange.request_bytes += upstream.bytes_written
+            exchange.response_bytes += upstream.bytes_read
+        if found.silent:
+            note_end(exchange, SILENT)
+            return False
+        if found.protocol is not Protocol.OPAQUE:
+            if found.passed:  # a FIN would mean that the data was complete
+                upstream.reset()
+            raise RequestError("HTTP in a tunnel to an endpoint without a proxy")
+        return True
 
 
 def is_allowed(rt: Runtime, identity: str | None) -> bool:

@@ -60,7 +60,7 @@ async def relay_to_application(
                 owner.release()
             elif found.passed:  # a FIN would mean that the data was complete
                 application.reset()
-            return PrefixedStream(stream, found.said)
+            return PrefixedStream(stream, found.client_bytes)
 
 
 async def dial_application(rt: Runtime, stream: Stream, about: ConnectionInfo) -> Stream:

@@ -38,14 +38,14 @@ from proxy.wire.sniff import (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The verdict. `said`: all bytes from the client if it is HTTP, of which the server has
+    """The verdict. `client_bytes`: all bytes from the client if it is HTTP, of which the server has
     received `passed` bytes. For other protocols all bytes have been forwarded. For a malformed and
-    very long request line, `said` is the beginning and a line feed, which is enough to reject it.
-    `silent`: neither side sent anything for too long. `untouched`: no byte was sent to the server,
-    and neither a byte nor an EOF was read from it."""
+    very long request line, `client_bytes` is the beginning and a line feed, which is enough to
+    reject it. `silent`: neither side sent anything for too long. `untouched`: no byte was sent to
+    the server, and neither a byte nor an EOF was read from it."""
 
     protocol: Protocol
-    said: bytes = b""
+    client_bytes: bytes = b""
     passed: int = 0
     silent: bool = False
     untouched: bool = False
@@ -66,10 +66,10 @@ async def look(client: Stream, server: Stream, *, patience: float, idle: float) 
         if watch.failure is not None:
             raise watch.failure
         clean = not scope.cancelled_caught
-        untouched = not (watch.passed or watch.heard)
+        untouched = not (watch.passed or watch.server_active)
         return Found(
             watch.verdict or Protocol.OPAQUE,
-            watch.said,
+            watch.client_bytes,
             watch.passed,
             silent=scope.cancelled_caught,
             untouched=untouched,
@@ -88,11 +88,11 @@ class _Watch:
         self._client = client
         self._server = server
         self._patience = patience
-        self.passed = 0  # bytes of `said` that the server has
+        self.passed = 0  # bytes of `client_bytes` that the server has
         self._asking, self._hearing = trio.CancelScope(), trio.CancelScope()
-        self.said = b""
+        self.client_bytes = b""
         self._came = 0  # bytes from the client
-        self.heard = False  # data or EOF from the server
+        self.server_active = False  # data or EOF from the server
         self.verdict: Protocol | None = None
         self.failure: NetError | None = None
 
@@ -119,7 +119,7 @@ class _Watch:
         data = b""
         with self._hearing:
             data = await self._server.receive_some(RECEIVE_SIZE)
-            self.heard = True
+            self.server_active = True
         if self.verdict is None or self.verdict is Protocol.OPAQUE:
             self._decide(Protocol.OPAQUE)
             if data:
@@ -134,9 +134,9 @@ class _Watch:
                 data = await self._client.receive_some(RECEIVE_SIZE)
             self._asking = trio.CancelScope()
             if data:
-                self.said += data
+                self.client_bytes += data
                 self._came += len(data)
-                found = protocol(self.said)
+                found = protocol(self.client_bytes)
                 if isinstance(found, Protocol):
                     self._decide(found)
                 elif self._came >= LONGEST_LINE:
@@ -145,19 +145,21 @@ class _Watch:
                     until = min(until, trio.current_time() + self._patience)
                     continue
             elif data is not None:
-                self._decide(settle(self.said))
+                self._decide(settle(self.client_bytes))
             if self.verdict is None:  # HTTP is unlikely, or the wait was long enough
                 waits, until = waits and data is not None, inf
                 await self._pass_on()
-                if len(self.said) > LINE_LIMIT:  # do not keep it: many clients may start like this
-                    self.said = condensed(self.said)
-                    self.passed = len(self.said)
+                if (
+                    len(self.client_bytes) > LINE_LIMIT
+                ):  # do not keep it: many clients may start like this
+                    self.client_bytes = condensed(self.client_bytes)
+                    self.passed = len(self.client_bytes)
         if self.verdict is Protocol.OPAQUE:
             await self._pass_on()
-        elif self._came > len(self.said):
-            self.said = self.said[:LINE_LIMIT] + b"\r\n"
+        elif self._came > len(self.client_bytes):
+            self.client_bytes = self.client_bytes[:LINE_LIMIT] + b"\r\n"
 
     async def _pass_on(self) -> None:
-        data, self.passed = self.said[self.passed :], len(self.said)
+        data, self.passed = self.client_bytes[self.passed :], len(self.client_bytes)
         if data:
             await self._server.send_all(data)

@@ -198,11 +198,11 @@ class SelfCall:
 
     def end_at_response(self, exchange: Exchange) -> None:
         """End when the exchange gets its response, if not before."""
-        heard = exchange.on_response
+        previous = exchange.on_response
 
         def on_response(status: int) -> None:
             self.end()
-            heard(status)
+            previous(status)
 
         exchange.on_response = on_response
 

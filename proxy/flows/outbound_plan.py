@@ -6,10 +6,6 @@ cannot carry, and change nothing then but what the ordinary path would change to
 
 from __future__ import annotations
 
-from math import inf
-
-import trio
-
 from proxy.config.units import within
 from proxy.directory import UNANSWERED, Endpoint, Target, itself
 from proxy.directory.policy import DEFAULT_POLICY, Policy
@@ -23,7 +19,7 @@ from proxy.flows.loop_guard import SelfCall
 from proxy.flows.runtime import Runtime
 from proxy.flows.serving import HttpLayers, keep_draws
 from proxy.flows.upstreams import Pools, upstream_protocol
-from proxy.routing.attempt import Attempt, keep_body
+from proxy.routing.attempt import Attempt, keep_body, policy_deadline
 from proxy.wire.messages import RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol
 
@@ -150,7 +146,7 @@ class OutboundPlan:
         if not self._start(exchange, target, endpoint):
             lease.cancel()
             return None
-        lease.plan, lease.limit = self, self._limit()
+        lease.plan, lease.limit = self, policy_deadline(exchange, self._policy)
         return lease
 
     def share(self, exchange: Exchange) -> StreamLease | None:
@@ -162,7 +158,7 @@ class OutboundPlan:
             return None
         if not self._start(exchange, target, endpoint):
             return None
-        lease.plan, lease.limit = self, self._limit()
+        lease.plan, lease.limit = self, policy_deadline(exchange, self._policy)
         if target.service is not None and exchange.body.length != 0:
             keep_body(exchange, target.policy)
         return lease
@@ -205,11 +201,6 @@ class OutboundPlan:
             return False
         self._attempt = self._flow.dispatcher.begin(target, endpoint)
         return True
-
-    def _limit(self) -> float:
-        """The deadline of the policy, in trio's time."""
-        seconds = None if self._policy is DEFAULT_POLICY else self._policy.timeouts.request
-        return inf if seconds is None else trio.current_time() + seconds
 
     def begin(self, exchange: Exchange) -> None:
         """Also for the ordinary path: the account of the exchange is open."""

@@ -52,7 +52,7 @@ async def relay_to_endpoint(
                     if found.passed:  # a FIN would mean that the data was complete
                         upstream.reset()
                     about.protocol = found.protocol
-                    return PrefixedStream(client, found.said)
+                    return PrefixedStream(client, found.client_bytes)
                 account.relayed(
                     SILENT if found.silent else await rt.relay(client, upstream, about, on_bytes)
                 )

@@ -198,11 +198,7 @@ class Runtime:
         if expected is None:
             self.check_clear_text(endpoint.address)
         stream = await self.dialer.dial(endpoint.address, depth)
-        if expected is None or (
-            identity is not None
-            and expected == identity.id
-            and self.loops.own(endpoint.address.host)
-        ):
+        if expected is None or self.is_direct(endpoint):
             return stream
         if identity is None:
             stream.close()
@@ -242,12 +238,21 @@ class Runtime:
                 f"mutual TLS with {endpoint.address} as {expected}: {error}", kind
             ) from error
         followed.end()
-        kept.end = tls.info.peer_not_after
+        # When our own certificate has expired, the server refuses the session without an alert.
+        kept.end = min(tls.info.peer_not_after, own_end)
         self.expiries.watch(tls, own_end)
         self.recorder.tls_established("outbound", tls.info)
         if self.router.remote_gateways is not None:
             self.router.remote_gateways.connected(endpoint, tls)
         return tls
+
+    def is_direct(self, endpoint: Endpoint) -> bool:
+        """Whether `connect` reaches the application of `endpoint` in clear text, without a proxy in
+        front of it."""
+        expected, own = endpoint.identity, self.identity
+        return expected is None or (
+            own is not None and expected == own.id and self.loops.own(endpoint.address.host)
+        )
 
     def check_clear_text(self, address: Address) -> None:
         """Raises UpstreamTLSError if `address` recently had an identity, so that it must not get

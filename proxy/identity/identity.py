@@ -325,7 +325,7 @@ class Identity:
         """
         now = self._clock()
         found = []
-        said: dict[bytes, float] = {}
+        warned: dict[bytes, float] = {}
         named = [("our certificate", self._material.leaf)]
         named += [
             (f"the trust root {credentials.name_of(root)}", root) for root in self._material.roots
@@ -336,8 +336,8 @@ class Identity:
             threshold = _threshold(certificate, now)
             if threshold < before:
                 found.append(f"{what} {expiry_in_words(certificate, now)}")
-            said[key] = min(before, threshold)
-        self._warned = said
+            warned[key] = min(before, threshold)
+        self._warned = warned
         return found
 
 

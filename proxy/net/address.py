@@ -11,8 +11,6 @@ from __future__ import annotations
 import ipaddress
 from typing import NamedTuple, Self
 
-_MAPPED = "::ffff:"
-
 
 class Address(NamedTuple):
     """An IP literal and a port. `str()` returns `10.0.0.1:80` or `[fd00::1]:80`.
@@ -60,6 +58,7 @@ class Address(NamedTuple):
     def of(cls, sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> Self:
         """Convert what getpeername(), getsockname() or accept() returns."""
         host = sockaddr[0]
-        if host.startswith(_MAPPED) and "." in host:
-            host = host[len(_MAPPED) :]
+        if ":" in host and "." in host:  # mapped; or "::1.2.3.4", as inet_ntop writes ::102:304
+            literal = ipaddress.IPv6Address(host)
+            host = str(literal.ipv4_mapped or literal)
         return cls(host, sockaddr[1])

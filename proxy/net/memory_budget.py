@@ -109,6 +109,11 @@ class Budget:
         share.charge(fixed)
         return share
 
+    @property
+    def connections(self) -> int:
+        """The number of open connections of clients."""
+        return len(self._shares)
+
     def act(self, action: Action) -> None:
         """Count a measure that is taken because memory is short."""
         self.counts[action] += 1

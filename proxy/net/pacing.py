@@ -14,6 +14,7 @@ plain function call.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from time import thread_time
@@ -29,6 +30,8 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
+_log = logging.getLogger("isthmus.net")
+
 # Steps of one pass: minimum, initial value, maximum, growth.
 _LEAST, _FIRST, _MOST, _MORE = 8, 256, 512, 8
 # Seconds of CPU time of this thread, which other processes do not affect.
@@ -42,7 +45,7 @@ class Line:
 
     def __init__(self, *, member: bool = False) -> None:
         self.member = member
-        self.steps: deque[tuple[Callable[[], object], int]] = deque()  # with the count of each step
+        self.steps: deque[Callable[[], object]] = deque()
         self._emptied: trio.Event | None = None
 
     async def emptied(self) -> None:
@@ -76,33 +79,30 @@ class Pacer:
         self._task: Task | None = None  # the task of `run`, while it is idle
         self._lines: tuple[deque[Line], deque[Line]] = (deque(), deque())  # non-members, members
 
-    def take(self, line: Line, step: Callable[[], object], count: int = 1) -> None:
-        """Call `step` now or in a later pass, after the waiting steps of its line.
-
-        `step` must not raise. It counts as `count` steps.
-        """
-        if self.now(line, count):
+    def take(self, line: Line, step: Callable[[], object]) -> None:
+        """Call `step` now or in a later pass, after the waiting steps of its line."""
+        if self.now(line):
             step()
         else:
-            self.queue(line, step, count)
+            self.queue(line, step)
 
-    def now(self, line: Line | None = None, count: int = 1) -> bool:
-        """Whether `count` steps may be taken at once. If so, they count as taken.
+    def now(self, line: Line | None = None) -> bool:
+        """Whether a step may be taken at once. If so, it counts as taken.
 
-        Otherwise the caller must queue them.
+        Otherwise the caller must queue it.
         """
         if self.left > 0 and (line is None or not line.steps):
-            self.left -= count
+            self.left -= 1
             return True
         return not self._running
 
-    def queue(self, line: Line, step: Callable[[], object], count: int = 1) -> None:
-        """Call `step` in a later pass."""
+    def queue(self, line: Line, step: Callable[[], object]) -> None:
+        """Call `step` in a later pass. An exception of it is logged there."""
         if not line.steps:
             self._lines[line.member].append(line)
-        line.steps.append((step, count))
-        self.waiting += count
-        self.waited += count
+        line.steps.append(step)
+        self.waiting += 1
+        self.waited += 1
         self._wake()
 
     async def turn(self, line: Line | None = None, *, member: bool = False) -> None:
@@ -121,9 +121,8 @@ class Pacer:
         if line.steps:
             self._lines[line.member].remove(line)
             while line.steps:
-                step, count = line.steps.popleft()
-                self.waiting -= count
-                step()
+                self.waiting -= 1
+                line.steps.popleft()()
             line.took()
 
     def _wake(self) -> None:
@@ -164,13 +163,17 @@ class Pacer:
             turn += 1
             lines = members if members and (turn % 4 or not others) else others
             line = lines.popleft()
-            step, count = line.steps.popleft()
-            steps -= count
-            self.waiting -= count
+            step = line.steps.popleft()
+            steps -= 1
+            self.waiting -= 1
             if line.steps:
                 lines.append(line)
             line.took()
-            step()
+            try:
+                step()
+            # error boundary: a bug in one connection must not end the process
+            except Exception as error:
+                _log.error("internal error in a step that had waited", exc_info=error)
 
     async def _idle(self) -> None:
         """Wait until a step is queued."""

@@ -60,7 +60,7 @@ def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = Non
             return Listeners(*traffic, names=[], datagrams=[])
         names = every(config.dns.listen)
         datagrams = []
-        for address, upstream in resolvers.ways_in(config.dns):
+        for address, upstream in resolvers.listen_addresses(config.dns):
             if has_family(address):
                 bound.append(bind_datagrams(address, shared=shared))
                 datagrams.append((bound[-1], upstream))

@@ -6,31 +6,31 @@ from collections.abc import Awaitable, Callable
 
 from proxy.config.load import Config
 from proxy.directory import DirectoryError
+from proxy.directory.channel.connector import Connector
 from proxy.directory.channel.messages import Hello
 from proxy.directory.channel.source import ControlSource
 from proxy.directory.former_identities import FormerIdentities
 from proxy.directory.source import NoSource, Source
 from proxy.directory.watcher import Acceptance, DirectorySource
 from proxy.errors import StartError
-from proxy.identity.identity import Identity
 from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
+from proxy.process.own_identity import OwnIdentity
 
 
 def load_directory(
-    config: Config, identity: Identity | None, dial: Callable[[Address], Awaitable[SocketStream]]
+    config: Config, own: OwnIdentity, dial: Callable[[Address], Awaitable[SocketStream]]
 ) -> Source:
     """The source. A file is read once here; `dial` opens connections to the control plane later.
     Raises StartError."""
     section = config.directory
     if section is None:
         return NoSource()
-    if section.control is not None and identity is not None:
+    if section.control is not None and own.current is not None:
         return ControlSource(
             section.control,
             Hello(config.pod.node, config.pod.zone, config.pod.name),
-            identity,
-            dial,
+            Connector(own.current, dial, own.expiries),
             FormerIdentities(section.remember, section.max_remembered),
         )
     if section.file is None:

@@ -8,13 +8,15 @@ handoff, the ordinary path continues the attempt of the fast path."""
 
 from __future__ import annotations
 
+from math import inf
+
 import trio
 
 from proxy.balancing.circuit_breaker import Failure
 from proxy.balancing.endpoint_set import ActiveRequest
 from proxy.config.units import within
 from proxy.directory import Endpoint, Target
-from proxy.directory.policy import Policy
+from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import unanswered
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.replay import Replay
@@ -109,7 +111,7 @@ class Attempt:
             # A gRPC call has its status at the end. While nothing fails, do not wait for it.
             self._responding = True
             if self._active is not None:
-                self._active.record_response(seconds, begun=failing and grpc_call)
+                self._active.record_response(seconds, response_started=failing and grpc_call)
             return None
         ended = trailers is not None and grpc_call
         code = grpc.status(head.headers, trailers) if trailers is not None and grpc_call else None
@@ -174,6 +176,11 @@ class Attempt:
         active, self._active = self._active, None
         if active is not None:
             active.end()
+
+
+def policy_deadline(exchange: Exchange, policy: Policy) -> float:
+    """The time limit of `policy` for the whole exchange, in trio's time. inf: there is none."""
+    return inf if policy is DEFAULT_POLICY else exchange.deadline(policy.timeouts.request)
 
 
 def keep_body(exchange: Exchange, policy: Policy) -> Replay:

@@ -4,10 +4,11 @@ errors.
 A flow provides two functions. `choose` returns the target of a request; it is called again before
 each attempt, because the usable targets may have changed. `send` carries the request to an
 endpoint. This module connects the two: the balancer picks an endpoint (balancing/balancer.py), and
-retries.py decides whether another attempt follows. If the circuit breakers of all endpoints are
-open, the request waits until an endpoint is due for a trial (endpoint_wait.py). A request whose
-attempt opened the last closed breaker waits too, if it was not sent, or if its body can be sent
-again. If the wait fails, the client gets the error of that attempt.
+retries.py decides whether another attempt follows, and endpoint_choice.py at which endpoint. If the
+circuit breakers of all endpoints are open, the request waits until an endpoint is due for a trial
+(endpoint_wait.py). A request whose attempt opened the last closed breaker waits too, if it was not
+sent, or if its body can be sent again. If the wait fails, the client gets the error of that
+attempt.
 
 A wait helps only if an endpoint may recover. If mutual TLS with all endpoints fails, or a peer
 refuses a connection, the client gets the error at once: it is a decision about an identity, and
@@ -43,9 +44,9 @@ from proxy.exchange.exchange import Exchange
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
 from proxy.routing.attempt import Attempt
+from proxy.routing.endpoint_choice import EndpointChoice, only_endpoint, pick_healthy
 from proxy.routing.endpoint_wait import EndpointWait, Found
 from proxy.routing.retries import (
-    ENDPOINTS_TRIED,
     FAILURES,
     NOT_CONNECTED,
     Attempts,
@@ -83,39 +84,32 @@ class Dispatcher:
         exchange: Exchange,
         choose: Choose,
         send: Send,
-        begun: Attempt | None = None,
+        started: Attempt | None = None,
         first: Endpoint | None = None,
     ) -> None:
         """Send `exchange` with `send` to an endpoint of the target that `choose` returns. Repeats
-        this as often as necessary and as the policy allows. `begun`: an attempt of the fast path,
+        this as often as necessary and as the policy allows. `started`: an attempt of the fast path,
         which continues. `first`: the endpoint to try first, if it is still usable. Raises
         NoEndpoint, AllCircuitsOpen, QueueFull, RequestError, and what `choose` and `send` raise."""
-        target = choose(exchange) if begun is None else begun.target
+        target = choose(exchange) if started is None else started.target
         if target.service is None:
-            await send(exchange, target, _only(target) if begun is None else begun.endpoint)
+            await send(exchange, target, _only(target) if started is None else started.endpoint)
             return
         endpoint_set = self._balancer.endpoint_set(target.service)
-        endpoint_set.budget.requests += begun is None
+        endpoint_set.budget.requests += started is None
         attempts = Attempts(exchange, endpoint_set, target.policy, self._metrics, self._client)
+        attempts.choice.first = first
         patience: EndpointWait | None = None
         while True:
-            if begun is not None:
-                attempts.go_on(begun)
-                endpoint, begun = begun.endpoint, None
+            if started is not None:
+                attempts.go_on(started)
+                endpoint, started = started.endpoint, None
             else:
-                picked, first = _pick(endpoint_set, target, attempts, first), None
-                if (
-                    picked is None
-                    and attempts.failure is not None
-                    and not endpoint_set.may_return(target)
-                ):
-                    raise attempts.failure
-                if picked is None or endpoint_set.queue:
+                picked = attempts.choice.pick(endpoint_set, target)
+                if picked is None:
                     patience = patience or self._patience(lambda: choose(exchange))
-                    target, endpoint_set, picked = await _wait(patience, attempts.failure)
+                    target, endpoint_set, picked = await _wait(patience, attempts.choice.failure)
                     attempts.waited()
-                elif len(attempts.unreached) >= ENDPOINTS_TRIED and attempts.failure is not None:
-                    raise attempts.failure
                 endpoint, attempts.endpoint_set = picked, endpoint_set
                 attempts.begin(target, endpoint)
             try:
@@ -126,7 +120,9 @@ class Dispatcher:
                 return
             except FAILURES as error:
                 pause = attempts.another(error)
-                failure = attempts.failure or (error if isinstance(error, UpstreamClosed) else None)
+                failure = attempts.choice.failure or (
+                    error if isinstance(error, UpstreamClosed) else None
+                )
             finally:
                 attempts.end()
             if pause:
@@ -161,9 +157,8 @@ class Dispatcher:
         """An endpoint for a request on the fast path. None: no endpoint is ready, or a circuit
         breaker of the service is not closed, or requests wait."""
         if target.service is None:
-            return target.endpoints[0] if target.endpoints and target.endpoints[0].ready else None
-        endpoint_set = self._balancer.endpoint_set(target.service)
-        return None if endpoint_set.broken or endpoint_set.queue else endpoint_set.pick(target)
+            return only_endpoint(target)
+        return pick_healthy(self._balancer.endpoint_set(target.service), target)
 
     def begin(self, target: Target, endpoint: Endpoint) -> Attempt:
         """Begin the first attempt of an exchange on the fast path. The caller must call `end` on
@@ -198,19 +193,14 @@ class Dispatcher:
     async def _connected(
         self, target: Target, choose: Callable[[], Target], connect: Connect
     ) -> tuple[Stream, ActiveRequest]:
-        endpoint_set, failure = self._endpoint_set(target), None
-        tried: tuple[Endpoint, ...] = ()
+        endpoint_set, choice = self._endpoint_set(target), EndpointChoice()
         patience: EndpointWait | None = None
         while True:
-            endpoint = endpoint_set.pick(target, tried)
-            if endpoint is None and failure is not None and not endpoint_set.may_return(target):
-                raise failure
-            if endpoint is None or endpoint_set.queue:
+            endpoint = choice.pick(endpoint_set, target)
+            if endpoint is None:
                 patience = patience or self._patience(choose)
-                target, endpoint_set, endpoint = await _wait(patience, failure)
-                tried = ()
-            elif len(tried) >= ENDPOINTS_TRIED and failure is not None:
-                raise failure
+                target, endpoint_set, endpoint = await _wait(patience, choice.failure)
+                choice.waited()
             active = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             started = trio.current_time()
             try:
@@ -224,14 +214,14 @@ class Dispatcher:
                     describe(error).reason, how=unreachable(error) if gone else Failure.RESPONSE
                 )
                 active.end()
-                failure, tried = error, (*tried, endpoint)
+                choice.not_connected(endpoint, error)
             except BaseException:
                 active.end()
                 raise
             else:
                 active.record_response(trio.current_time() - started)
                 return stream, active
-            target, endpoint_set = self._choose_again(choose, failure)
+            target, endpoint_set = self._choose_again(choose, choice.failure)
 
     def changed(self) -> None:
         """The directory has changed: wake the requests that wait."""
@@ -303,22 +293,8 @@ async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
         raise AttemptTimeout
 
 
-def _pick(
-    endpoint_set: EndpointSet, target: Target, attempts: Attempts, first: Endpoint | None
-) -> Endpoint | None:
-    """The endpoint of the next attempt. None: no endpoint can be used now."""
-    if first is not None and endpoint_set.is_usable(first, target):
-        return first
-    endpoint = endpoint_set.pick(target, attempts.tried)
-    return (
-        endpoint_set.pick(target, attempts.unreached)
-        if endpoint is None and attempts.tried
-        else endpoint
-    )
-
-
 def _only(target: Target) -> Endpoint:
-    for endpoint in target.endpoints:
-        if endpoint.ready:
-            return endpoint
+    endpoint = only_endpoint(target)
+    if endpoint is not None:
+        return endpoint
     raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of the destination is ready")

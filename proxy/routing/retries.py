@@ -54,7 +54,8 @@ from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, FailedAttempt
 from proxy.exchange.replay import Replay
 from proxy.net.exceptions import ConnectFailed
-from proxy.routing.attempt import Attempt, keep_body
+from proxy.routing.attempt import Attempt, keep_body, policy_deadline
+from proxy.routing.endpoint_choice import EndpointChoice
 from proxy.routing.request_overrides import overridden
 from proxy.wire import grpc
 from proxy.wire.h2.frames import Code
@@ -62,10 +63,6 @@ from proxy.wire.messages import Headers, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.telemetry.endpoint_metrics import EndpointMetrics
-
-# More tries to connect would only make the client wait: the service as a whole is down.
-ENDPOINTS_TRIED = 3
-
 
 # Codes with which a server resets a stream because the request is malformed (RFC 9113 §8.1.1), or
 # too expensive (§7), for example because its head exceeds SETTINGS_MAX_HEADER_LIST_SIZE.
@@ -117,12 +114,10 @@ class Attempts:
         "_retries",
         "_started",
         "_status",
+        "choice",
         "endpoint_set",
-        "failure",
         "policy",
         "scope",
-        "tried",
-        "unreached",
     )  # fmt: skip
 
     def __init__(
@@ -147,10 +142,8 @@ class Attempts:
         self._attempt: Attempt | None = None  # the current one
         self.endpoint_set = endpoint_set
         self.policy = policy
-        self.failure: Exception | None = None  # why the last endpoint could not be connected to
         self.scope: trio.CancelScope | None = None  # of an attempt with its own timeout
-        self.tried: tuple[Endpoint, ...] = ()
-        self.unreached: tuple[Endpoint, ...] = ()
+        self.choice = EndpointChoice()
         if policy is not DEFAULT_POLICY:
             self._limits()
         self._call_deadline()
@@ -170,10 +163,8 @@ class Attempts:
                 times.response_head or self._client.response_timeout,
                 times.idle or self._client.stream_timeout,
             )
-        whole = times.request
+        whole, limit = times.request, policy_deadline(exchange, self.policy)
         if whole is not None:
-            begun = exchange.handoff.since if exchange.handoff is not None else None
-            limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
             exchange.timer.limit_to(
@@ -184,8 +175,7 @@ class Attempts:
         exchange = self._exchange
         seconds = exchange.call_timeout
         if seconds is not None:
-            begun = exchange.handoff.since if exchange.handoff is not None else None
-            self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
+            self._client_limit = min(self._client_limit, exchange.deadline(seconds))
             exchange.timer.limit_to(
                 self._client_limit,
                 lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"),
@@ -211,7 +201,7 @@ class Attempts:
         active = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
         self._attempt = Attempt(target, endpoint, active)
         self._status = 0
-        self.failure = None
+        self.choice.failure = None
         self._started = trio.current_time()
         if self._exchange.tried:
             self._exchange.request_bytes = 0
@@ -251,8 +241,8 @@ class Attempts:
             )
 
     def waited(self) -> None:
-        """The exchange has waited for an endpoint. That endpoint may be one that failed before."""
-        self.tried = self.unreached = ()
+        """The exchange has waited for an endpoint."""
+        self.choice.waited()
         self.remind()
 
     def judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
@@ -318,13 +308,12 @@ class Attempts:
             attempt.record_failure(describe(error).reason, how=unreachable(error))
             if not self._sendable:
                 raise error
-            self.unreached += (endpoint,)
-            self.failure = error
+            self.choice.not_connected(endpoint, error)
             pause, reason = 0.0, describe(error).reason
         else:
             reason = self._sort(attempt, error)
             pause = self._pause(self._retries - 1) * (0.5 + 0.5 * random.random())  # noqa: S311  (no secret depends on it)
-        self.tried += (endpoint,)
+            self.choice.answered(endpoint)
         self._note(endpoint, reason)
         return pause
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import trio
-from prometheus_client import Counter, Gauge
 
-if TYPE_CHECKING:
-    from proxy.telemetry.series import Series
+from proxy.metric_families import Families
 
 
 class Followed(Protocol):
@@ -18,7 +16,7 @@ class Followed(Protocol):
     updates: int
     unanswered: int
     since: float | None
-    heard: float | None
+    last_message: float | None
 
     @property
     def connects(self) -> Mapping[str, int]: ...
@@ -27,49 +25,51 @@ class Followed(Protocol):
 
 
 class DirectoryMetrics:
-    """`counter` and `gauge` create families (proxy/telemetry/metrics.py)."""
+    """The metrics of the connection to the control plane of one proxy."""
 
-    def __init__(
-        self, counter: Callable[..., Series[Counter]], gauge: Callable[..., Series[Gauge]]
-    ) -> None:
-        self._connected = gauge(
+    def __init__(self, families: Families) -> None:
+        self._connected = families.gauge(
             "directory_connected", "1 while there is a connection to the control plane."
         )
-        self._since = gauge(
+        self._since = families.gauge(
             "directory_connected_timestamp_seconds",
             "Start of the connection to the control plane (Unix time); 0: there is none.",
         )
-        self._silence = gauge(
+        self._silence = families.gauge(
             "directory_silence_seconds", "Time since the last message of the control plane."
         )
-        self._entries = gauge(
+        self._entries = families.gauge(
             "directory_entries", "Entries that the proxy has asked for, by state.", "state"
         )
-        self._connects = counter(
+        self._connects = families.counter(
             "directory_connects_total", "Attempts to reach the control plane, by result.", "result"
         )
-        self._updates = counter(
+        self._updates = families.counter(
             "directory_updates_total", "Entries that the control plane has sent."
         )
-        self._unanswered = counter(
+        self._unanswered = families.counter(
             "directory_unanswered_total", "First uses of an entry that got no answer in time."
         )
-        self._seen: dict[str, int] = {}
+        self._losses = families.counter(
+            "directory_identity_losses_total",
+            "What directories have lost that had an identity, by kind.",
+            "kind",
+        )
 
     def observe(self, source: Followed) -> None:
         """Set everything to the current values."""
         self._connected.at().set(source.since is not None)
         self._since.at().set(source.since or 0)
-        if source.heard is not None:
-            self._silence.at().set(trio.current_time() - source.heard)
+        if source.last_message is not None:
+            self._silence.at().set(trio.current_time() - source.last_message)
         for state, count in source.states().items():
             self._entries.at(state).set(count)
         for result, count in source.connects.items():
-            self._connects.at(result).inc(self._more(f"connects {result}", count))
-        self._updates.at().inc(self._more("updates", source.updates))
-        self._unanswered.at().inc(self._more("unanswered", source.unanswered))
+            self._connects.at(result).set(count)
+        self._updates.at().set(source.updates)
+        self._unanswered.at().set(source.unanswered)
 
-    def _more(self, name: str, count: int) -> int:
-        before = self._seen.get(name, 0)
-        self._seen[name] = count
-        return count - before
+    def observe_losses(self, losses: Mapping[str, int]) -> None:
+        """Set the counter of lost identities to these values."""
+        for kind, count in losses.items():
+            self._losses.at(kind).set(count)

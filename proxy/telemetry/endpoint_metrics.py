@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-
-if TYPE_CHECKING:
-    from proxy.telemetry.series import Series
-
-# Endpoints with an open circuit breaker that get a series of their own.
-_MOST_SHOWN = 256
+from proxy.metric_families import MOST_SERIES, Families
 
 
 class QueueRecord:
@@ -26,38 +19,33 @@ class QueueRecord:
 
 
 class EndpointMetrics:
-    """The endpoint metrics of one proxy. `counter` and `gauge` create families
-    (proxy/telemetry/metrics.py).
-    """
+    """The endpoint metrics of one proxy."""
 
-    def __init__(
-        self,
-        counter: Callable[..., Series[Counter]],
-        gauge: Callable[..., Series[Gauge]],
-        registry: CollectorRegistry,
-    ) -> None:
-        self._retries = counter(
+    def __init__(self, families: Families) -> None:
+        self._retries = families.counter(
             "retries_total", "Retried requests, by the failure of the previous attempt.", "cause"
         )
-        self._no_retries = counter(
+        self._no_retries = families.counter(
             "retries_refused_total", "Failed requests that were not retried, by reason.", "reason"
         )
-        self._breakers = counter(
+        self._breakers = families.counter(
             "breaker_changes_total",
             "Changes of endpoints' circuit breakers, by new state.",
             "state",
         )
-        self._queue = counter(
+        self._queue = families.counter(
             "queued_total", "Requests and connections that waited for an endpoint.", "result"
         )
-        self._waiting = gauge(
+        self._waiting = families.gauge(
             "queue_waiting", "Requests and connections that wait for an endpoint now."
         )
-        self._broken = Gauge(
-            "isthmus_endpoint_breaker_state",
+        self._broken = families.gauge(
+            "endpoint_breaker_state",
             "Endpoints whose circuit breaker is open or half-open (1 each; others are not listed).",
-            ("service", "endpoint", "state"),
-            registry=registry,
+            "service",
+            "endpoint",
+            "state",
+            merge="max",  # as for failover
         )
 
     def count_retry(self, cause: str) -> None:
@@ -83,13 +71,11 @@ class EndpointMetrics:
         try:
             yield record
         finally:
-            self._waiting.at().dec()
+            self._waiting.at().inc(-1)
             self._queue.at("served" if record.served else "failed").inc()
 
     def set_open_breakers(self, endpoints: Iterable[tuple[str, str, str]]) -> None:
         """All endpoints with an open or half-open circuit breaker: service, address, state. Shows
         the first 256.
         """
-        self._broken.clear()
-        for labels in itertools.islice(endpoints, _MOST_SHOWN):
-            self._broken.labels(*labels).set(1)
+        self._broken.replace(dict.fromkeys(itertools.islice(endpoints, MOST_SERIES), 1.0))

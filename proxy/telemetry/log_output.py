@@ -59,11 +59,11 @@ class Output:
         data = b"".join(
             line.encode(self._encoding, "backslashreplace") + _NEWLINE for line in lines
         )
-        begun = self._torn
-        if begun:
+        torn = self._torn
+        if torn:
             data = _NEWLINE + data
         sent = self._send(self._descriptor, data)
-        done = data.count(_NEWLINE, 0, sent) - (begun and sent > 0)
+        done = data.count(_NEWLINE, 0, sent) - (torn and sent > 0)
         if sent:
             self._torn = data[sent - 1 : sent] != _NEWLINE
         return done

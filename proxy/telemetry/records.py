@@ -103,11 +103,15 @@ class Recorder:
                 exchange.request_bytes += forward
                 exchange.response_bytes += backward
 
-            ended = await relay(client, server, exchange.facts, moved)
-            if ended.how != "eof":
-                exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", said(ended)
+            note_end(exchange, await relay(client, server, exchange.facts, moved))
 
         return join
+
+
+def note_end(exchange: Exchange, ended: Relayed) -> None:
+    """Note how the tunnel of an exchange ended."""
+    if ended.how != "eof":
+        exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", describe_end(ended)
 
 
 class StreamAccount:
@@ -265,7 +269,7 @@ class ConnectionAccount:
         ):
             return "certificate_ended", str(lost)
         if self._relayed is not None and self._relayed.how != "eof":
-            return self._relayed.how, said(self._relayed)
+            return self._relayed.how, describe_end(self._relayed)
         return "closed", ""
 
     def _span(
@@ -387,7 +391,7 @@ class ExchangeAccount:
         )
 
 
-def said(ended: Relayed) -> str:
+def describe_end(ended: Relayed) -> str:
     """The description of a relay that did not end cleanly, with the side of the error."""
     if ended.error is None:
         return "neither side sent data for too long"

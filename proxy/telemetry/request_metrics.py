@@ -1,23 +1,18 @@
-"""Metrics of HTTP requests: plain numbers on the hot path, converted to Prometheus samples when a
-scrape reads them.
+"""Metrics of HTTP requests.
 
-A counter of prometheus_client takes a lock and up to three method calls per increment, and a
-histogram several: 3 µs for a request and its response, in a hop of some 40 µs. Only the data path's
-thread changes the numbers here, so plain ones are enough (0.7 µs).
+The series of a direction are looked up once, so that a request and its response cost a few
+additions (docs/decisions/10-prometheus-client.md).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
 import trio
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+
+from proxy.metric_families import Families
 
 Direction = Literal["inbound", "outbound", "gateway"]
 
@@ -44,8 +39,6 @@ LATENCY_BUCKETS = (
     10,
     30,
 )
-_BOUNDS = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
-_OTHER = b"other"
 _CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OUTCOMES = ("success", "failure", "cancelled")
 
@@ -68,7 +61,7 @@ class RequestRecord:
         call counts, so do not call it for 1xx.
         """
         if self.status == 0:
-            self._metrics.waited(self._metrics.clock() - self._started)
+            self._metrics.latency.observe(self._metrics.clock() - self._started)
         self.status = status
 
     def __enter__(self) -> Self:
@@ -83,33 +76,59 @@ class RequestRecord:
         self._metrics.finished(self, kind)
 
 
+class RequestFamilies:
+    """The families of HTTP requests, for all directions."""
+
+    __slots__ = ("latency", "requests", "responses")
+
+    def __init__(self, families: Families) -> None:
+        self.requests = families.counter(
+            "requests_total", "HTTP requests received.", "direction", "method"
+        )
+        self.responses = families.counter(
+            "responses_total",
+            "Finished HTTP exchanges, by status class.",
+            "direction",
+            "status_class",
+            "classification",
+        )
+        self.latency = families.histogram(
+            "response_latency_seconds",
+            "Time from the head of a request to the head of its response.",
+            LATENCY_BUCKETS,
+            "direction",
+        )
+
+
 class HttpMetrics:
-    """Requests and responses of one direction."""
+    """Requests and responses of one direction. All series exist from the start."""
 
-    __slots__ = ("clock", "latency", "requests", "responses", "seconds")
+    __slots__ = ("_other", "_requests", "_responses", "clock", "latency")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, families: RequestFamilies, direction: Direction, clock: Callable[[], float]
+    ) -> None:
         self.clock = clock
-        self.requests = dict.fromkeys((*METHODS, _OTHER), 0)
-        self.responses = {
-            (status, outcome): 0 for status in range(len(_CLASSES)) for outcome in _OUTCOMES
+        self._requests = {
+            method: families.requests.at(direction, method.decode()) for method in METHODS
         }
-        # counts by bucket; the last bucket is unbounded
-        self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
-        self.seconds = 0.0  # the sum of all latencies
+        self._other = families.requests.at(direction, "other")
+        self._responses = {
+            (status, outcome): families.responses.at(direction, _CLASSES[status], outcome)
+            for status in range(len(_CLASSES))
+            for outcome in _OUTCOMES
+        }
+        self.latency = families.latency.at(direction)
 
     def request(self, method: bytes) -> RequestRecord:
         """Count a request and open its record: `with metrics.request(b"GET") as record: ...
         record.head(200)`.
         """
-        requests = self.requests
-        requests[method if method in requests else _OTHER] += 1
+        series = self._requests.get(method)
+        if series is None:
+            series = self._other
+        series.value += 1
         return RequestRecord(self, self.clock())
-
-    def waited(self, seconds: float) -> None:
-        """A response's head arrived this long after the request's head."""
-        self.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
-        self.seconds += seconds
 
     def finished(self, record: RequestRecord, kind: type[BaseException] | None) -> None:
         """Close a record; the record calls this itself. Failures are server errors, and requests
@@ -120,35 +139,4 @@ class HttpMetrics:
             outcome = "failure" if record.failed or status in (0, 5) else "success"
         else:
             outcome = "cancelled" if issubclass(kind, trio.Cancelled | GeneratorExit) else "failure"
-        self.responses[status, outcome] += 1
-
-
-class HttpCollector(Collector):
-    """Reports the numbers of all directions to Prometheus; directions may be added later."""
-
-    def __init__(self, metrics: Mapping[Direction, HttpMetrics]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "isthmus_requests", "HTTP requests received.", labels=("direction", "method")
-        )
-        responses = CounterMetricFamily(
-            "isthmus_responses",
-            "Finished HTTP exchanges, by status class.",
-            labels=("direction", "status_class", "classification"),
-        )
-        latency = HistogramMetricFamily(
-            "isthmus_response_latency_seconds",
-            "Time from the head of a request to the head of its response.",
-            labels=("direction",),
-        )
-        # one atomic copy: other threads read this too
-        for direction, metrics in list(self._metrics.items()):
-            for method, count in metrics.requests.items():
-                requests.add_metric((direction, method.decode()), count)
-            for (status, outcome), count in metrics.responses.items():
-                responses.add_metric((direction, _CLASSES[status], outcome), count)
-            buckets = zip(_BOUNDS, accumulate(list(metrics.latency)), strict=True)
-            latency.add_metric((direction,), list(buckets), metrics.seconds)
-        yield from (requests, responses, latency)
+        self._responses[status, outcome].value += 1

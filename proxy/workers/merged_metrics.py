@@ -1,9 +1,9 @@
 """The metrics of several workers, merged into those of one proxy.
 
 A worker's *reading* is all of its samples at one moment. Counters and histograms of the workers are
-added. A gauge is a current value, so each has its own rule: connections are added, the certificate
-expiry is the earliest one, and values that all workers share (virtual addresses, a failover) are
-not added.
+added. A gauge is a current value, so each has its own rule, which its declaration states:
+connections are added, the certificate expiry is the earliest one, and values that all workers share
+(virtual addresses, a failover) are not added.
 
 A counter that decreases looks like a restart and breaks rates in graphs. So when a worker has
 ended, its last reading stays: its counters are added to those of all former workers, its gauges are
@@ -15,10 +15,13 @@ Pure: readings in, text out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import add
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
+
+from proxy.metric_families import Merge
 
 
 def _first(one: float, two: float) -> float:
@@ -26,19 +29,10 @@ def _first(one: float, two: float) -> float:
     return min(one, two) or max(one, two)
 
 
-# Gauges that are not added.
-RULES: Mapping[str, Callable[[float, float], float]] = {
-    "isthmus_build_info": max,
-    "isthmus_endpoint_breaker_state": max,  # as for failover
-    # each worker decides for itself; report it if one of them sends requests away
-    "isthmus_failover_active": max,
-    "isthmus_virtual_addresses": max,  # derived from names: the same in all workers
-    "isthmus_former_identities": max,  # from one file: the same in all workers
-    # the earliest: report a worker that could not load the new certificate
-    "isthmus_certificate_expiry_timestamp_seconds": _first,
-    "isthmus_certificate_start_timestamp_seconds": max,
-    "isthmus_root_expiry_timestamp_seconds": _first,
-    "process_start_time_seconds": _first,
+_FUNCTIONS: Mapping[Merge, Callable[[float, float], float]] = {
+    "sum": add,
+    "max": max,
+    "first": _first,
 }
 _ACCUMULATED = frozenset({"counter", "histogram"})
 
@@ -72,9 +66,12 @@ def reading(registry: CollectorRegistry) -> Reading:
 
 
 class MergedMetrics:
-    """The current readings by worker, and the counters of workers that have ended."""
+    """The current readings by worker, and the counters of workers that have ended. `rules`: how to
+    merge the families that are not added, by their names (proxy/metric_families.py).
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[str, Merge]) -> None:
+        self._rules = rules
         self._now: dict[int, Reading] = {}
         self._gone: Reading = []
 
@@ -86,33 +83,33 @@ class MergedMetrics:
         """Keep the counters of a worker that has ended; its successor starts at zero."""
         last = self._now.pop(place, [])
         self._gone = list(
-            _added([self._gone, [family for family in last if family.type in _ACCUMULATED]])
+            self._merged([self._gone, [family for family in last if family.type in _ACCUMULATED]])
         )
 
     def render(self, own: Reading) -> bytes:
         """All readings and `own` merged, in Prometheus' text format 0.0.4."""
-        return generate_latest(_Text(list(_added([own, *list(self._now.values()), self._gone]))))
-
-
-def _added(readings: Iterable[Reading]) -> Iterator[Family]:
-    """One family per name, in the order of first appearance."""
-    found: dict[str, tuple[Family, dict[tuple[str, Labels], float]]] = {}
-    for one in readings:
-        for family in one:
-            _, values = found.setdefault(family.name, (family, {}))
-            rule = RULES.get(family.name)
-            for name, labels, value in family.samples:
-                key = name, labels
-                if key not in values:
-                    values[key] = value
-                else:
-                    values[key] = (
-                        rule(values[key], value) if rule is not None else values[key] + value
-                    )
-    for family, values in found.values():
-        yield Family(
-            family.name, family.type, family.text, [(*key, value) for key, value in values.items()]
+        return generate_latest(
+            _Text(list(self._merged([own, *list(self._now.values()), self._gone])))
         )
+
+    def _merged(self, readings: Iterable[Reading]) -> Iterator[Family]:
+        """One family per name, in the order of first appearance."""
+        found: dict[str, tuple[Family, dict[tuple[str, Labels], float]]] = {}
+        for one in readings:
+            for family in one:
+                _, values = found.setdefault(family.name, (family, {}))
+                rule: Merge = self._rules.get(family.name, "sum")
+                merge = _FUNCTIONS[rule]
+                for name, labels, value in family.samples:
+                    key = name, labels
+                    values[key] = merge(values[key], value) if key in values else value
+        for family, values in found.values():
+            yield Family(
+                family.name,
+                family.type,
+                family.text,
+                [(*key, value) for key, value in values.items()],
+            )
 
 
 class _Text:

@@ -24,13 +24,13 @@ def target(*places: Endpoint, policy: Policy = DEFAULT_POLICY) -> Target:
 
 
 class World:
-    """A balancer, its clock, and what it has told."""
+    """A balancer, its clock, and the changes that it has reported."""
 
     def __init__(self, zone: str = "", seed: int = 7) -> None:
         self.now = 1000.0
-        self.told: list[Change] = []
+        self.changes: list[Change] = []
         self.balancer = Balancer(lambda: self.now, random.Random(seed), zone)
-        self.balancer.on_change(self.told.append)
+        self.balancer.on_change(self.changes.append)
 
     @property
     def endpoint_set(self) -> EndpointSet:

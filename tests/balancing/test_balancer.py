@@ -1,5 +1,5 @@
-"""Choosing an endpoint: ready and sound ones only, the less busy of two, by weight, near ones
-first, new ones gently; on simulated time."""
+"""The choice of an endpoint: only ready ones with a closed circuit, the less busy of two, by
+weight, near zones first, and new ones with a growing share. Time is simulated."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_of_two_the_one_with_less_to_do_is_picked() -> None:
     assert set(world.picks(where)) == {one, two}
 
 
-def test_of_two_the_one_that_answers_sooner_is_picked_until_what_is_known_has_faded() -> None:
+def test_the_faster_of_two_endpoints_is_picked_until_its_statistics_have_decayed() -> None:
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
     world.succeed(where, one, 0.2)
     world.succeed(where, two, 0.01)
     assert set(world.picks(where)) == {two}
-    for _ in range(60):  # nobody asks the slow one meanwhile
+    for _ in range(60):  # no request goes to the slow one
         world.now += 1
         world.succeed(where, two, 0.01)
     assert one in world.picks(where)
@@ -121,8 +121,8 @@ def test_work_spreads_evenly_when_nothing_finishes() -> None:
 def simulate(
     where: Target, service: Callable[[int], float], clients: int, seconds: float
 ) -> list[int]:
-    """A closed loop: `clients` that ask one after the other, endpoints that answer after
-    `service(index)` seconds. Counts by endpoint."""
+    """A closed loop: each of `clients` sends its next request when it has the response. Endpoints
+    respond after `service(index)` seconds. Returns the requests of each endpoint."""
     world = World()
     index = {endpoint: at for at, endpoint in enumerate(where.endpoints)}
     counts = [0] * len(index)
@@ -148,8 +148,8 @@ def simulate(
 
 @pytest.mark.parametrize("clients", [3, 30], ids=["hardly loaded", "loaded"])
 def test_an_endpoint_that_is_ten_times_slower_gets_its_small_share(clients: int) -> None:
-    """Fair is what it can do in the time: a tenth of another's. Under load it gets that; without
-    need it gets less, but never nothing."""
+    """Its fair share is what it can serve in the time: a tenth of another's. Under load it gets
+    that. Without load it gets less, but never nothing."""
     chance = random.Random(1)
     counts = simulate(
         target(*endpoints(5)),
@@ -184,8 +184,7 @@ def test_an_endpoint_that_becomes_slow_loses_its_share_and_gets_it_back_when_it_
 )
 @pytest.mark.parametrize("clients", [1, 40], ids=["one after the other", "forty at a time"])
 def test_shares_are_as_the_weights_say(weights: tuple[int, ...], clients: int) -> None:
-    """Endpoints that are equally fast for each place. 3 % is more than four standard deviations of
-    what chance does here."""
+    """Endpoints that are equally fast in each run. 3 % is more than four standard deviations."""
     chance = random.Random(3)
     placed = [
         Endpoint(Address(f"10.0.0.{n}", 80), weight=weight) for n, weight in enumerate(weights)
@@ -217,7 +216,7 @@ def test_the_own_zone_comes_first() -> None:
     assert set(World(zone="").picks(target(*places))) == set(places), (
         "the proxy's own zone is not known"
     )
-    assert set(World(zone="d").picks(target(*places))) == set(places), "nobody is there"
+    assert set(World(zone="d").picks(target(*places))) == set(places), "no endpoint is ready"
     ignoring = Policy(balancing=Balancing(zone="ignore"))
     assert set(world.picks(target(*places, policy=ignoring))) == set(places)
 
@@ -228,7 +227,7 @@ def test_a_zone_with_too_few_that_can_be_used_gets_help() -> None:
     assert set(world.picks(where)) == set(places[:3])
     world.fail(where, places[0])
     assert set(world.picks(where)) == set(places[1:]), (
-        "two of three are less than the 70 % that are asked for"
+        "two of three are less than the 70 % that are required"
     )
     third = target(*places, policy=Policy(balancing=Balancing(zone_share=0.3)))
     assert set(world.picks(third)) == set(places[1:3]), "and more than 30 %"
@@ -251,7 +250,7 @@ def test_a_new_endpoint_gets_a_share_that_grows() -> None:
     world, places = World(), endpoints(4)
     world.endpoint_set.pick(
         target(*places[:3])
-    )  # the first that is seen of the service: none of them is new
+    )  # the first endpoints of the service: none of them is new
     where, shares = target(*places), []
     for _ in range(4):
         shares.append(world.picks(where, 2000)[places[3]] / 2000)
@@ -261,14 +260,14 @@ def test_a_new_endpoint_gets_a_share_that_grows() -> None:
     assert shares[3] == pytest.approx(0.25, abs=0.05), "12 s old, and no longer new"
 
 
-def test_where_all_are_new_nobody_is() -> None:
+def test_endpoints_that_are_all_new_share_evenly() -> None:
     world = World()
     assert min(world.picks(target(*endpoints(3)), 3000).values()) > 800
     replaced = tuple(Endpoint(Address(f"10.9.0.{n}", 80)) for n in range(3))
     assert min(world.picks(target(*replaced), 3000).values()) > 800
 
 
-def test_what_has_happened_at_one_service_does_not_count_for_another() -> None:
+def test_statistics_of_one_service_do_not_count_for_another() -> None:
     world, places = World(), endpoints(2)
     world.fail(target(*places), places[0])
     other = Target("default/other", places)
@@ -286,13 +285,13 @@ def test_many_endpoints_of_which_some_are_broken() -> None:
     assert len(picked) > 90
 
 
-def test_a_directory_that_is_replaced_keeps_what_is_known() -> None:
+def test_a_new_directory_keeps_the_statistics_of_endpoints() -> None:
     world, (one, two) = World(), endpoints(2)
     world.fail(target(one, two), one)
     assert set(world.picks(target(*endpoints(2)))) == {two}
 
 
-def test_what_says_nothing_any_more_is_forgotten() -> None:
+def test_old_statistics_are_removed() -> None:
     world, places = World(), endpoints(50)
     where = target(*places)
     for endpoint in places:

@@ -1,5 +1,5 @@
-"""The breaker of an endpoint: a row of failures opens it, one request on probation decides, and
-penalties grow up to a limit."""
+"""The circuit breaker of an endpoint: failures in a row open it, one trial request decides, and the
+open time grows up to a limit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_chance_adds_a_part_of_the_penalty() -> None:
     assert (low.until, high.until) == (1.0, 1.5)
 
 
-def test_what_was_sent_before_it_opened_says_nothing_new() -> None:
+def test_responses_to_requests_from_before_the_opening_do_not_count() -> None:
     breaker = opened()
     until = breaker.until
     assert not breaker.record_failure(0.5, RULES, 1.0)
@@ -100,7 +100,7 @@ def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_
     for _ in range(3):
         now = breaker.early
         assert breaker.begin_trial(now, RULES, 1.0)
-        assert breaker.early == now + 1.5, "without an answer"
+        assert breaker.early == now + 1.5, "without a response"
         now += 0.5
         assert breaker.record_failure(now, RULES, 0.0, probe=True)
         assert (breaker.until, breaker.early) == (until, now + 1)
@@ -151,7 +151,7 @@ def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
         (
             [BAD, BAD, SILENT, SILENT, SILENT],
             False,
-        ),  # the last two while it was used for want of better ones
+        ),  # the last two while it was used because there were no better ones
         ([BAD, BAD, BAD, SILENT, SILENT, BAD], True),
         ([BAD, BAD, BAD, GONE], False),
         ([GONE, SILENT], False),
@@ -172,7 +172,7 @@ def test_one_that_is_used_for_want_of_better_ones_is_closed_by_the_first_good_an
     breaker = opened()
     until = breaker.until
     assert not breaker.record_failure(0.5, RULES, 1.0, probe=True)
-    assert breaker.until == until, "its penalty has not become longer"
+    assert breaker.until == until, "its open time has not grown"
     assert breaker.record_success(probe=True)
     assert breaker.state is State.CLOSED
 
@@ -185,8 +185,8 @@ def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Any order of events, with a model beside it that is as simple as the words: how many failures
-    in a row, is it out, until when."""
+    """Any order of events, beside a simple model: how many failures in a row, is the circuit open,
+    and until when."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Life(RuleBasedStateMachine):
         self.probing = False
         self.unreached = False
         self.trips = 0
-        self.quiet = 0  # silences since anything was heard
+        self.quiet = 0  # silences since the last response
         self.responds = True
 
     @rule(seconds=st.floats(0, 20))
@@ -208,7 +208,7 @@ class Life(RuleBasedStateMachine):
     def a_request_fails(self, chance: float, how: Failure) -> None:
         changed = self.breaker.record_failure(self.now, RULES, chance, how)
         unreachable = how in NOT_CONNECTED
-        self.heard(how)
+        self.record_outcome(how)
         if self.out:
             assert not changed
             return
@@ -233,7 +233,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(chance=st.floats(0, 1))
     def a_probe_is_sent(self, chance: float) -> None:
-        """When the penalty is over, or early; maybe a second one."""
+        """When the open time is over, or early. Maybe a second one."""
         assert self.breaker.begin_trial(self.now, RULES, chance) == (not self.probing)
         assert self.breaker.early >= self.now + (RULES.connect_penalty if self.unreached else 1)
         self.probing = True
@@ -244,7 +244,7 @@ class Life(RuleBasedStateMachine):
         until = self.breaker.until
         assert self.breaker.record_failure(self.now, RULES, chance, how, probe=True)
         self.probing, self.unreached = False, how in NOT_CONNECTED
-        self.heard(how)
+        self.record_outcome(how)
         self.judged(how)
         if self.now >= until:
             self.trips += 1
@@ -257,12 +257,12 @@ class Life(RuleBasedStateMachine):
     def one_that_is_used_for_want_of_better_ones_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
         changed = self.breaker.record_failure(self.now, RULES, chance, how, probe=True)
-        self.heard(how)
+        self.record_outcome(how)
         self.judged(how)
         assert changed != self.responds
         if changed:
             self.unreached = how in NOT_CONNECTED
-        assert self.breaker.until == until, "it was no trial"
+        assert self.breaker.until == until, "it was not a trial"
 
     @precondition(lambda self: self.out and self.responds)
     @rule()
@@ -285,7 +285,7 @@ class Life(RuleBasedStateMachine):
         assert self.breaker.due(self.now) == due
         assert self.breaker.early <= self.now
 
-    def heard(self, how: Failure) -> None:
+    def record_outcome(self, how: Failure) -> None:
         self.quiet = 0 if how is BAD else self.quiet + (how is SILENT)
 
     def judged(self, how: Failure) -> None:

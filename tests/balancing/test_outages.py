@@ -1,5 +1,5 @@
-"""Endpoints that are broken: who is left alone, and who is tried when, so that an outage ends soon
-after its cause; on simulated time."""
+"""Endpoints that fail: which circuits are open, and which endpoint is tried when, so that an outage
+ends soon after its cause. Time is simulated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
     world.fail(where, one)
-    assert world.told == [
+    assert world.changes == [
         Change("default/web", one.address, State.OPEN, pytest.approx(1.25, abs=0.26), "test")
     ]
     assert set(world.picks(where)) == {two}
@@ -34,7 +34,7 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     assert set(world.picks(where)) == {two}, "by one request"
     probe.record_response(0.01)
     probe.end()
-    assert [change.state for change in world.told] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert [change.state for change in world.changes] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
     assert one in world.picks(where)
     assert not list(world.balancer.broken())
 
@@ -64,15 +64,13 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
     assert world.endpoint_set.penalty_ends(where) <= world.now, "one is being tried"
 
 
-def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> (
-    None
-):
+def test_endpoints_with_bad_responses_are_used_if_there_are_no_better_ones() -> None:
     world, places = World(), endpoints(3)
     where = target(*places)
     bad, worse, gone = places
     for endpoint in (bad, worse):
         world.fail(where, endpoint, 7, how=Failure.RESPONSE)
-    assert set(world.picks(where)) == {gone}, "one is well"
+    assert set(world.picks(where)) == {gone}, "one works again"
     world.fail(where, gone)
     assert world.balancer.usable(where) == 0, "another cluster may have its requests"
     assert not world.balancer.trial(where)
@@ -80,10 +78,10 @@ def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_bal
     assert set(world.picks(where)) == {bad, worse}
     assert world.endpoint_set.pick(where, [bad]) == worse
     world.fail(where, bad, 100, how=Failure.RESPONSE)
-    assert len(world.told) == 3, "nothing has changed by that"
+    assert len(world.changes) == 3, "that has changed nothing"
     world.succeed(where, worse)
     assert set(world.picks(where)) == {worse}
-    assert world.told[-1].state is State.CLOSED
+    assert world.changes[-1].state is State.CLOSED
 
 
 def test_one_that_stops_responding_is_used_no_more_for_want_of_better_ones() -> None:
@@ -112,18 +110,18 @@ def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_anot
 
 
 class Outage:
-    """Endpoints of which none can be connected to, and a client that asks ten times a second."""
+    """Endpoints that all refuse connections, and a client that sends ten requests a second."""
 
     def __init__(self, *places: Endpoint) -> None:
         self.world, self.places = World(), places
         self.where = target(*places)
         self.dead = set(places)
-        self.tried: list[tuple[float, Endpoint]] = []  # in vain
+        self.tried: list[tuple[float, Endpoint]] = []  # without success
         for endpoint in places:
             self.world.fail(self.where, endpoint)
 
     def ask(self) -> Endpoint | None:
-        """What has served a request; None: nothing was to be had, or it was one that did not do."""
+        """The endpoint that has served a request. None: there was no endpoint, or it failed."""
         self.world.now += 0.1
         endpoint = self.world.endpoint_set.pick(self.where)
         if endpoint is None:
@@ -146,7 +144,7 @@ def test_the_only_endpoint_is_tried_about_once_a_second_however_long_it_was_away
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert max(gaps) < 1.7, gaps
     assert sum(gap < 0.99 for gap in gaps) <= 8 + 600 / 60, (
-        "when a penalty of about a minute is over it is tried in any case"
+        "when an open time of about a minute is over it is tried in any case"
     )
     outage.dead.clear()
     assert outage.ask_for(2)[outage.places[0]] >= 3
@@ -167,7 +165,7 @@ def test_of_many_that_are_all_away_one_in_a_second_is_tried_early_and_each_gets_
     outage.tried.clear()
     outage.ask_for(60)
     assert 40 <= len(outage.tried) <= 60 + 20 * 2, (
-        "one in 1 to 1.6 s, and each when its penalty of about a minute is over"
+        "one in 1 to 1.6 s, and each when its open time of about a minute is over"
     )
     assert {endpoint for _, endpoint in outage.tried} == set(outage.places)
 
@@ -201,10 +199,10 @@ def test_a_probe_that_gets_no_answer_does_not_keep_others_from_trying() -> None:
     assert world.balancer.trial(where, alone=True) is False
     world.now = world.endpoint_set.next_probe(where)
     assert world.balancer.trial(where, alone=True)
-    assert not world.balancer.trial(where), "but not if another cluster could have the request"
+    assert not world.balancer.trial(where), "but not if another cluster could serve the request"
     assert world.endpoint_set.pick(where) is one
     second = world.endpoint_set.begin(where.policy, one, alone=True)
-    assert [change.state for change in world.told] == [State.OPEN, State.HALF_OPEN]
+    assert [change.state for change in world.changes] == [State.OPEN, State.HALF_OPEN]
     second.record_response(0.01)
     second.end()
     assert not world.endpoint_set.broken

@@ -1,4 +1,4 @@
-"""The retry budget on simulated time: a part of the requests, and a few a second in any case."""
+"""The retry budget on simulated time: a share of the requests, and a minimum for each second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINKERDS = Budget(ratio=0.2, min_per_second=10.0, ttl=10.0)
 
 
 def retries(rules: Budget, per_second: int, seconds: int) -> list[int]:
-    """What is granted in each second if every request wants to be tried again."""
+    """How many retries are granted in each second if every request wants one."""
     budget, granted = RetryBudget(100.0), []
     for second in range(seconds):
         now, count = 100.0 + second, 0
@@ -59,7 +59,7 @@ def test_requests_that_were_not_looked_at_count_where_they_came() -> None:
     budget.requests += 1000
     assert sum(budget.withdraw(5.0, rules) for _ in range(1000)) == 100
     assert not budget.withdraw(9.0, rules)
-    assert not budget.withdraw(40.0, rules), "they are forgotten with their retries"
+    assert not budget.withdraw(40.0, rules), "they expire with their retries"
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,8 +67,8 @@ def test_requests_that_were_not_looked_at_count_where_they_came() -> None:
 def test_in_no_window_are_there_more_than_its_requests_allow(
     steps: list[tuple[float, int, int]],
 ) -> None:
-    """The window moves in tenths, so in `ttl` seconds there may be a tenth more, and what came
-    together is spread over the time before."""
+    """The window moves in tenths. So in `ttl` seconds there may be a tenth more, and simultaneous
+    requests are spread over the time before."""
     rules = Budget(ratio=0.2, min_per_second=1.0, ttl=10.0)
     budget, now, made, came = RetryBudget(0.0), 0.0, [], []
     for pause, requests, wanted in steps:

@@ -1,5 +1,5 @@
-"""What the client of a play does. An act begins when nothing is under way, and ends so that the
-next cannot overtake what it has begun."""
+"""What the client of a play does. An act starts when nothing is in progress. When it ends, the next
+act cannot overtake anything that it has started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.both_paths.stage import SPAN, TRACE, Act, End, Stage, pieces
 from tests.kit.http import chunked
 
 _HOP = b"oAAAAAAAABBBBBBBB"
-# What a request may bring along: one of these sets.
+# What a request may have: one of these sets.
 FIELDS: tuple[list[bytes], ...] = (
     [],
     [],
@@ -34,14 +34,14 @@ FIELDS: tuple[list[bytes], ...] = (
 SAMPLED = FIELDS[5]
 TOO_FAR = [b"isthmus-hops: " + b", ".join([_HOP] * 8)]
 
-# Kinds of answers (server.py) behind which the server keeps its connection, and those behind which
+# Kinds of responses (server.py) after which the server keeps its connection, and those after which
 # it does not.
 KEPT = (
     "ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "interim", "spare",
     "chunked", "chunked-bytewise", "chunked-spare",
 )  # fmt: skip
 ENDED = ("says-close", "then-close", "old")
-# Those that are no whole answer.
+# Those that are not a complete response.
 BROKEN = (
     "close", "reset", "part-head", "half", "torn", "garbage", "two-lengths", "torn-late", "spoiled", "spoiled-size", "spoiled-behind",
     "two-framings", "control",
@@ -57,14 +57,15 @@ def request(target: str, fields: list[bytes], method: bytes = b"GET", body: byte
 
 
 async def line(stage: Stage) -> End:
-    """The client's connection, which is kept if it can be."""
+    """The client's connection. It is kept if that is possible."""
     if stage.clients and not (last := stage.clients[-1]).closed and last.ended is None:
         return last
     return await stage.client()
 
 
 async def answer(stage: Stage, end: End, method: str = "GET") -> None:
-    """Wait for the next answer, or the end of the connection; behind one that says so, for both."""
+    """Wait for the next response, or the end of the connection. After a response that announces the
+    end, wait for both."""
     reader = h11.Connection(h11.CLIENT)
     reader.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
     reader.send(h11.EndOfMessage())
@@ -89,7 +90,7 @@ async def answer(stage: Stage, end: End, method: str = "GET") -> None:
 
 
 async def left(stage: Stage, end: End, *, reset: bool) -> None:
-    """The client leaves, and the proxy knows."""
+    """The client closes, and the proxy has noticed."""
     end.close(reset=reset)
     await stage.forgotten()
 
@@ -100,7 +101,7 @@ async def closed(stage: Stage, before: int) -> None:
 
 
 def endings(stage: Stage) -> int:
-    """How many of the server's connections have been ended by the proxy, or half of them."""
+    """How many of the server's connections the proxy has closed, or half closed."""
     return sum(end.ended is not None for end in stage.servers)
 
 
@@ -117,7 +118,7 @@ async def ask(
     kinds: tuple[str, ...] = (*KEPT, *ENDED),
     fields: list[bytes] | None = None,
 ) -> None:
-    """A request and its answer."""
+    """A request and its response."""
     kind, before = rng.choice(kinds), closings(stage)
     method = rng.choice(
         [
@@ -163,7 +164,7 @@ async def upload_large_answer(stage: Stage, rng: random.Random) -> None:
 
 
 async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
-    """Expect: 100-continue, to a server that says so, and to one that answers at once."""
+    """Expect: 100-continue, to a server that sends 100, and to one that responds at once."""
     end, kind = await line(stage), rng.choice(["continue", "early"])
     await end.send(request(f"/{kind}/7", [b"Expect: 100-continue", b"Content-Length: 5"], b"PATCH"))
     if kind == "continue":
@@ -173,7 +174,7 @@ async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def answered_early(stage: Stage, rng: random.Random) -> None:
-    """The answer comes before the upload is complete."""
+    """The response comes before the upload is complete."""
     end, before = await line(stage), closings(stage)
     kind = rng.choice(["early", "early-close"])
     await end.send(request(f"/{kind}/30", [b"Content-Length: 10"], b"PATCH") + b"hello")
@@ -210,7 +211,7 @@ async def pipeline_with_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def broken(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = BROKEN) -> None:
-    """The server gives no whole answer."""
+    """The server sends no complete response."""
     kind, before = rng.choice(kinds), closings(stage)
     method, body = rng.choice([(b"GET", b""), (b"GET", b""), (b"POST", b"x"), (b"PUT", b"yy")])
     end = await line(stage)
@@ -220,7 +221,7 @@ async def broken(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = BROK
 
 
 async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
-    """The server resets its connection when half of its answer is with the client."""
+    """The server resets its connection when half of its response has arrived at the client."""
     end, before = await line(stage), closings(stage)
     await end.send(request("/half-reset/2000", rng.choice(FIELDS)))
     await stage.until(lambda: len(end.new) > 1000)
@@ -231,7 +232,7 @@ async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow(stage: Stage, rng: random.Random) -> None:
-    """The server takes longer than the fast path has patience."""
+    """The server takes longer than the fast path waits."""
     end, kind = await line(stage), rng.choice(["wait", "half-wait", "wait-close"])
     before = closings(stage)
     await end.send(
@@ -244,21 +245,21 @@ async def slow(stage: Stage, rng: random.Random) -> None:
     stage.go_on()
     if kind == "wait-close":
         await closed(stage, before)
-        if stage.awaited == stage.gone_on:
+        if stage.waits == stage.released:
             await stage.until(
-                lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0
+                lambda: end.ended is not None or stage.waits > stage.released or len(end.new) > 0
             )
-        while stage.awaited > stage.gone_on:  # it is asked again
+        while stage.waits > stage.released:  # it is retried
             stage.go_on()
             await stage.until(
-                lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0
+                lambda: end.ended is not None or stage.waits > stage.released or len(end.new) > 0
             )
     await answer(stage, end)
 
 
 async def half_closed(stage: Stage, rng: random.Random) -> None:
-    """A client that ends its direction behind its request gets its answer, and the server hears of
-    the end."""
+    """A client that half-closes after its request gets its response, and the server sees the
+    end."""
     end, before = await line(stage), endings(stage)
     await end.send(request("/wait/500", rng.choice(FIELDS)))
     await stage.waiting()
@@ -276,7 +277,7 @@ async def leave_idle(stage: Stage, rng: random.Random) -> None:
 async def leave_within_head(stage: Stage, rng: random.Random) -> None:
     end = await line(stage)
     await end.send(b"GET /ok/1 HTTP/1.1\r\nHos")
-    await trio.sleep(0.02)  # it has been read by then, or is read with the end
+    await trio.sleep(0.02)  # it has been read by then, or is read together with the end
     await left(stage, end, reset=rng.random() < 0.5)
 
 
@@ -284,7 +285,7 @@ async def leave_within_upload(stage: Stage, rng: random.Random) -> None:
     end, before = await line(stage), closings(stage)
     await end.send(request("/ok/1", [b"Content-Length: 10"], b"PATCH") + b"hello")
     await stage.until(lambda: any(server.new == b"hello" for server in stage.servers))
-    # Not by a reset: who hears of that first, and so its words, is anybody's guess.
+    # Not by a reset: it is not certain which side sees that first, and so what it logs.
     await left(stage, end, reset=False)
     await closed(stage, before)
 
@@ -311,7 +312,7 @@ async def leave_within_answer(stage: Stage, rng: random.Random) -> None:
 
 
 async def odd(stage: Stage, rng: random.Random) -> None:
-    """Correct, and not plain."""
+    """Correct, but unusual."""
     end = await line(stage)
     lines = rng.choice(
         [
@@ -347,7 +348,7 @@ async def odd(stage: Stage, rng: random.Random) -> None:
 
 
 async def wrong(stage: Stage, rng: random.Random) -> None:
-    """The proxy answers, and ends the connection."""
+    """The proxy responds, and ends the connection."""
     end = await line(stage)
     lines = rng.choice(
         [
@@ -372,20 +373,18 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
 
 
 async def loop(stage: Stage, rng: random.Random) -> None:
-    await ask(
-        stage, rng, kinds=("ok",), fields=TOO_FAR
-    )  # which gets no further than the first proxy
+    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # it stops at the first proxy
 
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
     await ask(stage, rng, fields=SAMPLED)
 
 
-# Acts that are not drawn...
+# Acts that are not drawn at random...
 
 
 async def unanswered(stage: Stage, _: random.Random) -> None:
-    """The server has the request, and says nothing; or no more than half of its answer."""
+    """The server has the request, and sends nothing, or at most half of its response."""
     for kind in ("never", "half-never"):
         before = closings(stage)
         end = await line(stage)
@@ -395,7 +394,7 @@ async def unanswered(stage: Stage, _: random.Random) -> None:
 
 
 async def drip(stage: Stage, _: random.Random) -> None:
-    """The server sends its answer byte by byte, and is not done in time."""
+    """The server sends its response byte by byte, and does not finish in time."""
     before = closings(stage)
     end = await line(stage)
     await end.send(request("/drip/400", []))
@@ -404,11 +403,12 @@ async def drip(stage: Stage, _: random.Random) -> None:
 
 
 async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
-    """As often as it takes to break an endpoint, each time on a connection that was kept."""
+    """Enough failures to open an endpoint's circuit, each on a connection that was kept."""
     ends = [await stage.client() for _ in range(8)]
     for number, end in enumerate(ends, 1):
         await end.send(request("/wait/3", []))
-        await stage.until(lambda number=number: stage.awaited - stage.gone_on == number)  # type: ignore[misc]
+        # The default argument keeps the number of this turn; mypy does not infer such a lambda.
+        await stage.until(lambda number=number: stage.waits - stage.released == number)  # type: ignore[misc]
     for _ in ends:
         stage.go_on()
     for end in ends:
@@ -422,8 +422,8 @@ async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
 
 
 async def stop(stage: Stage, _: random.Random) -> None:
-    """The proxies go down, while connections are idle, wait for an answer, have half of it, and
-    have asked for more already."""
+    """The proxies shut down while connections are idle, wait for a response, have half of it, or
+    have pipelined more requests."""
     idle, asks, waits, has_half, has_more = [await stage.client() for _ in range(5)]
     for end in (idle, asks, waits, has_half, has_more):
         await end.send(request("/ok/4", []))
@@ -432,9 +432,9 @@ async def stop(stage: Stage, _: random.Random) -> None:
     await waits.send(request("/wait/10", []))
     await stage.waiting()
     await has_half.send(request("/half-wait/2000", []))
-    await stage.until(lambda: len(has_half.new) > 1000 and stage.awaited - stage.gone_on == 2)
+    await stage.until(lambda: len(has_half.new) > 1000 and stage.waits - stage.released == 2)
     await has_more.send(request("/wait/20", []) + request("/ok/21", []))
-    await stage.until(lambda: stage.awaited - stage.gone_on == 3)
+    await stage.until(lambda: stage.waits - stage.released == 3)
     for app in stage.apps:
         app.drain.begin()
     await asks.send(request("/ok/30", []))
@@ -448,7 +448,7 @@ async def stop(stage: Stage, _: random.Random) -> None:
 
 
 async def many_at_once(stage: Stage, rng: random.Random) -> None:
-    """Clients that do not wait for each other, each with pipelines."""
+    """Clients that do not wait for each other, each with pipelined requests."""
 
     async def one(seed: float) -> None:
         drawn = random.Random(seed)
@@ -470,7 +470,7 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
 
 good: Act = partial(ask, kinds=("ok", "together"), fields=[])
 
-# Answers in chunks, each behind a plain one; and such that are none, or not all of one.
+# Chunked responses, each after a plain one, and damaged or incomplete ones.
 IN_CHUNKS: tuple[Act, ...] = tuple(
     partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked")
 )
@@ -494,8 +494,8 @@ ODD: tuple[Act, ...] = (
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that
-    are kept on the fast path."""
+    """A play: unusual acts, each after plain ones, so that it meets connections that are kept on
+    the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled, *IN_CHUNKS]
     for act in BAD_CHUNKS:

@@ -1,4 +1,4 @@
-"""What all plays have in common."""
+"""Fixtures for all plays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def made(
     monkeypatch.setattr("proxy.flows.loop_guard.token_bytes", bytes)  # the same tokens each time
     monkeypatch.setattr(
         eligibility, "REST", 0
-    )  # the fast path is tried again and again, although much of what is done is not plain
+    )  # the fast path is tried again and again, although many acts are not plain
     monkeypatch.setattr(fast_path, "PATIENCE", 0.1)
     caplog.set_level(logging.INFO, "isthmus")
 

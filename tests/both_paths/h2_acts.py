@@ -1,5 +1,5 @@
-"""What the client of a play of HTTP/2 does, but for faults (h2_faults.py). An act begins when
-nothing is under way, and ends so that the next cannot overtake what it has begun."""
+"""What the client of an HTTP/2 play does, except for faults (h2_faults.py). An act starts when
+nothing is in progress. When it ends, the next act cannot overtake anything that it has started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.both_paths.acts import TOO_FAR as TOO_FAR_LINES
 from tests.both_paths.h2_ends import INITIAL_WINDOW, Client2, Pair, Server2, fuzzed
 from tests.both_paths.stage import Act, Stage
 
-# Kinds of whole answers (h2_server.py).
+# Kinds of complete responses (h2_server.py).
 PLAIN = (
     "ok", "ok", "ok", "length", "length", "empty", "hollow", "none", "same", "error", "busy", "missing", "pieces", "pieces", "padded",
     "padded", "trailers", "bare-trailers", "interim", "fuzzed", "fuzzed", "cut", "cut",
@@ -24,7 +24,7 @@ SIZES = (0, 2, 1024, 1024, 9_000, 40_000)
 
 
 def pairs(lines: list[bytes]) -> list[Pair]:
-    """Fields of the plays of HTTP/1.1, but for what speaks of a connection."""
+    """The fields of the HTTP/1.1 plays, without those about a connection."""
     split = [line.partition(b": ")[::2] for line in lines]
     return [(name.lower(), value) for name, value in split if name != b"Connection"]
 
@@ -53,12 +53,12 @@ def asking(path: str, fields: list[Pair], method: bytes = b"GET") -> list[Pair]:
 
 
 def once(kind: str, size: int, rng: random.Random) -> str:
-    """A path that the server can tell from all others."""
+    """A path that is unique for the server."""
     return f"/{kind}/{size}/{rng.randrange(10**9)}"
 
 
 async def line(stage: Stage) -> Client2:
-    """The client's connection, which is kept if it can be."""
+    """The client's connection. It is kept if that is possible."""
     if stage.clients:
         last = stage.clients[-1]
         assert isinstance(last, Client2)
@@ -69,7 +69,7 @@ async def line(stage: Stage) -> Client2:
 
 
 async def connected(stage: Stage, window: int | None = None) -> Client2:
-    """A new connection; with a `window` the client gives nothing back by itself."""
+    """A new connection. With a `window`, the client does not enlarge windows by itself."""
     end = await stage.client(settings=None if window is None else {INITIAL_WINDOW: window})
     assert isinstance(end, Client2)
     end.greedy = window is None
@@ -77,24 +77,24 @@ async def connected(stage: Stage, window: int | None = None) -> Client2:
 
 
 async def answer(stage: Stage, end: Client2, *numbers: int) -> None:
-    """Wait for the whole answers."""
+    """Wait for the complete responses."""
     await stage.until(lambda: all(end.answered(number) for number in numbers))
 
 
 async def got(stage: Stage, end: Client2, number: int, size: int) -> None:
-    """Wait for the first bytes of an answer."""
+    """Wait for the first bytes of a response."""
     await stage.until(lambda: len(end.messages[number].body) >= size)
 
 
 def drawn_fields(rng: random.Random) -> list[Pair]:
-    """Of a set, or any."""
+    """The fields of one set, or random ones."""
     if rng.random() < 0.7:
         return rng.choice(FIELDS)
     return fuzzed(rng)
 
 
-async def heard(stage: Stage, size: int) -> None:
-    """Wait until the server has so much of a body that is not whole."""
+async def received(stage: Stage, size: int) -> None:
+    """Wait until the server has that much of an incomplete body."""
 
     def known() -> bool:
         messages = [
@@ -117,7 +117,7 @@ async def ask(
     kinds: tuple[str, ...] = PLAIN,
     fields: list[Pair] | None = None,
 ) -> None:
-    """A request without a body, or with one that has come with its head."""
+    """A request without a body, or with one that came together with its head."""
     end, kind = await line(stage), rng.choice(kinds)
     method = rng.choice([b"GET", b"GET", b"GET", b"HEAD", b"OPTIONS", b"DELETE"])
     if method == b"HEAD" and kind not in ("ok", "length", "empty", "none", "same", "missing"):
@@ -135,7 +135,7 @@ async def ask(
 
 
 async def call(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = CALLS) -> None:
-    """A call of gRPC."""
+    """A gRPC call."""
     end, more = await line(stage), rng.choice([[], [], [(b"grpc-timeout", b"9S")], SAMPLED])
     number = end.open(
         asking(f"/{rng.choice(kinds)}/{rng.choice(SIZES)}", [*CALL, *more], b"POST"), end=False
@@ -145,7 +145,7 @@ async def call(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = CALLS)
 
 
 async def upload(stage: Stage, rng: random.Random) -> None:
-    """In pieces, with padding, behind promises, and with trailers, or none of these."""
+    """In pieces, with padding, after promises, with trailers, or with none of these."""
     end, data = await line(stage), rng.randbytes(rng.choice([1, 700, 20_000, 90_000]))
     promise = [(b"content-length", b"%d" % len(data))] if rng.random() < 0.5 else []
     number = end.open(
@@ -186,7 +186,7 @@ async def converse(stage: Stage, rng: random.Random) -> None:
 
 
 async def download(stage: Stage, rng: random.Random) -> None:
-    """More than the windows of all connections on the way hold."""
+    """More than the windows of all connections on the path hold."""
     end = await line(stage)
     number = end.open(asking(f"/{rng.choice(['ok', 'length', 'grpc'])}/400000", rng.choice(FIELDS)))
     await end.flush()
@@ -194,8 +194,7 @@ async def download(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow_reader(stage: Stage, rng: random.Random) -> None:
-    """A client whose window is small, and who gives it back in its own time; its other streams go
-    on."""
+    """A client with a small window, which it enlarges late. Its other streams continue."""
     end, window = await connected(stage, window=2000), 2000
     number = end.open(asking(f"/{rng.choice(['ok', 'trailers', 'grpc'])}/9000", rng.choice(FIELDS)))
     await end.flush()
@@ -213,24 +212,24 @@ async def slow_reader(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow_taker(stage: Stage, rng: random.Random) -> None:
-    """The same of a server."""
+    """A server that takes a long upload slowly."""
     end = await line(stage)
     number = end.open(asking("/slow-take/9", rng.choice(FIELDS), b"POST"), end=False)
     await end.put(number, rng.randbytes(150_000), end=rng.random() < 0.5)
-    if not end.messages[number].said:
+    if not end.messages[number].finished:
         end.head(number, [(b"x-sum", b"1")], end=True)
         await end.flush()
     await answer(stage, end, number)
 
 
 async def left(stage: Stage, end: Client2, *, reset: bool) -> None:
-    """The client leaves, and the proxy knows."""
+    """The client closes, and the proxy has noticed."""
     end.close(reset=reset)
     await stage.forgotten()
 
 
 async def answered_early(stage: Stage, rng: random.Random) -> None:
-    """The answer is whole before the request is; the rest is not wanted."""
+    """The response is complete before the request is. The rest of the request is not wanted."""
     end = await line(stage)
     number = end.open(
         asking(
@@ -245,7 +244,7 @@ async def answered_early(stage: Stage, rng: random.Random) -> None:
 
 
 async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
-    """Expect: 100-continue, to a server that says so, and to one that answers at once."""
+    """Expect: 100-continue, to a server that sends 100, and to one that responds at once."""
     end, kind = await line(stage), rng.choice(["continue", "early"])
     number = end.open(
         asking(f"/{kind}/7", [*rng.choice(FIELDS), (b"expect", b"100-continue")], b"PUT"), end=False
@@ -258,11 +257,11 @@ async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow(stage: Stage, rng: random.Random) -> None:
-    """The server takes longer than the fast path has patience."""
+    """The server takes longer than the fast path waits."""
     end, kind = await line(stage), rng.choice(["wait", "half-wait"])
     fields = rng.choice([[], SAMPLED, CALL, [*CALL, (b"grpc-timeout", b"8S")]])
     number = end.open(asking(f"/{kind}/2000", fields, b"POST"), end=rng.random() < 0.5)
-    if not end.messages[number].said:
+    if not end.messages[number].finished:
         end.piece(number, b"abc", end=True)
     await end.flush()
     await stage.waiting()
@@ -272,7 +271,7 @@ async def slow(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow_upload(stage: Stage, rng: random.Random) -> None:
-    """The client does."""
+    """The client takes longer than the fast path waits."""
     end, kind = await line(stage), rng.choice(["ok", "echo"])
     number = end.open(asking(f"/{kind}/9", rng.choice(FIELDS), b"POST"), end=False)
     await end.put(number, b"hello")
@@ -299,8 +298,8 @@ async def tunnel(stage: Stage, rng: random.Random) -> None:
 
 
 async def at_once(stage: Stage, rng: random.Random) -> None:
-    """A few streams on one connection, in one write. One server's answers cannot overtake each
-    other: the kinds are alike."""
+    """A few streams on one connection, in one write. The kinds are the same, so no response of the
+    server can overtake another."""
     end, size = await line(stage), rng.choice(SIZES)
     numbers = [end.open(asking(f"/ok/{size}/{n}", [])) for n in range(rng.choice([2, 5]))]
     await end.flush()
@@ -308,9 +307,7 @@ async def at_once(stage: Stage, rng: random.Random) -> None:
 
 
 async def loop(stage: Stage, rng: random.Random) -> None:
-    await ask(
-        stage, rng, kinds=("ok",), fields=TOO_FAR
-    )  # which gets no further than the first proxy
+    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # it stops at the first proxy
 
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
@@ -319,12 +316,12 @@ async def sampled(stage: Stage, rng: random.Random) -> None:
 
 good: Act = partial(ask, kinds=("ok", "length"), fields=[])
 
-# Acts that are not drawn...
+# Acts that are not drawn at random...
 
 
 async def stop(stage: Stage, _: random.Random) -> None:
-    """The proxies go down: streams that are open go on, and the last that came before the client
-    could know is served."""
+    """The proxies shut down: open streams continue, and the last ones that came before the client
+    could know are served."""
     end, idle = await connected(stage), await connected(stage)
     first = [end.open(asking("/ok/4", [])), idle.open(asking("/ok/4", []))]
     await end.flush()
@@ -337,7 +334,7 @@ async def stop(stage: Stage, _: random.Random) -> None:
     await end.put(numbers[-1], b"hello")
     await got(stage, end, numbers[1], 1000)
     await got(stage, end, numbers[2], 5)
-    await stage.until(lambda: stage.awaited - stage.gone_on == 2)
+    await stage.until(lambda: stage.waits - stage.released == 2)
     for app in stage.apps:
         app.drain.begin()
     await stage.until(lambda: len(end.goaways) == 2)
@@ -350,7 +347,7 @@ async def stop(stage: Stage, _: random.Random) -> None:
 
 
 async def many_at_once(stage: Stage, rng: random.Random) -> None:
-    """Clients that do not wait for each other, each with streams that do not."""
+    """Clients that do not wait for each other, each with concurrent streams."""
 
     async def one(seed: float) -> None:
         drawn = random.Random(seed)

@@ -1,5 +1,5 @@
-"""Ends of HTTP/2 connections, outside of the proxies: what comes is read at once, by python-hyper's
-h2, into messages."""
+"""Ends of HTTP/2 connections, outside of the proxies. Data is read at once, and python-hyper's h2
+parses it into messages."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ EXTENDED_CONNECT = h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL
 
 @dataclass
 class Message:
-    """What has come on a stream."""
+    """What has arrived on a stream."""
 
     head: list[Pair] = field(default_factory=list)
     interim: list[list[Pair]] = field(default_factory=list)
     body: bytearray = field(default_factory=bytearray)
     trailers: list[Pair] = field(default_factory=list)
     ended: bool = False
-    reset: int | None = None  # by the other side, with this code
-    left: bool = False  # by us: reset, or with a connection that we closed
-    said: bool = False  # our direction has ended
-    held: bool = False  # its window is not given back
+    reset: int | None = None  # reset by the other side, with this code
+    left: bool = False  # ended by us: reset, or with a connection that we closed
+    finished: bool = False  # our direction has ended
+    held: bool = False  # its window is not enlarged
 
     @property
     def over(self) -> bool:
-        """Nothing more can come."""
+        """Nothing more can arrive."""
         return self.ended or self.reset is not None or self.left
 
     @property
     def done(self) -> bool:
-        """Besides, nothing is left to be said."""
-        return (self.ended and self.said) or self.reset is not None or self.left
+        """Besides, nothing is left to send."""
+        return (self.ended and self.finished) or self.reset is not None or self.left
 
     def get(self, name: bytes) -> bytes:
         return next((value for n, value in self.head if n == name), b"")
@@ -84,30 +84,30 @@ class End2(End):
         if settings is not None:
             self.h2.update_settings(settings)
         self.messages: dict[int, Message] = {}
-        self.told: list[int] = []  # streams that the other side has opened, in order
+        self.opened_by_peer: list[int] = []  # streams that the other side has opened, in order
         self.goaways: list[tuple[int, int]] = []  # last stream, code
-        self.greedy = True  # windows are given back at once
-        self.cut: random.Random | None = None  # writes are cut anywhere
-        self.fault = ""  # of the other side's
+        self.greedy = True  # windows are enlarged at once
+        self.cut: random.Random | None = None  # writes are cut at random places
+        self.fault = ""  # of the other side
         self._lock = trio.Lock()
         self._preface = 0 if self.client else len(PREFACE)
 
-    # What comes...
+    # Receiving...
 
     async def read(self) -> None:
         await self.flush()
         await super().read()
 
-    async def hear(self, data: bytes) -> None:
-        """GOAWAY is kept from h2, which takes it for the end."""
-        self.heard += data
-        while len(self.heard) >= (size := self._preface or 9):
+    async def receive(self, data: bytes) -> None:
+        """h2 does not get GOAWAY, because it would take it for the end of the connection."""
+        self.received += data
+        while len(self.received) >= (size := self._preface or 9):
             if not self._preface:
-                size += int.from_bytes(self.heard[:3], "big")
-            if len(self.heard) < size:
+                size += int.from_bytes(self.received[:3], "big")
+            if len(self.received) < size:
                 break
-            piece = bytes(self.heard[:size])
-            del self.heard[:size]
+            piece = bytes(self.received[:size])
+            del self.received[:size]
             if not self._preface and piece[3] == Kind.GOAWAY:
                 self.goaways.append(
                     (int.from_bytes(piece[9:13], "big"), int.from_bytes(piece[13:17], "big"))
@@ -131,7 +131,7 @@ class End2(End):
             case h2.events.RequestReceived():
                 message.head = list(event.headers or [])
                 message.held = message.get(b":path").startswith(b"/slow-take")
-                self.told.append(number)
+                self.opened_by_peer.append(number)
             case h2.events.ResponseReceived():
                 message.head = list(event.headers or [])
             case h2.events.InformationalResponseReceived():
@@ -151,7 +151,7 @@ class End2(End):
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.h2.acknowledge_received_data(size, number)
 
-    # What is said...
+    # Sending...
 
     async def flush(self, *raw: bytes) -> None:
         async with self._lock:
@@ -159,17 +159,18 @@ class End2(End):
             await self.send(*([data] if self.cut is None else pieces(data, self.cut)), *raw)
 
     def head(self, number: int, pairs: list[Pair], *, end: bool = False) -> None:
-        """Put down; the next `flush` or `put` sends it. So do the others that are no coroutines."""
+        """Buffers the head; the next `flush` or `put` sends it. So do all methods that are not
+        coroutines."""
         message = self.messages.setdefault(number, Message())
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.h2.send_headers(number, pairs, end_stream=end)
-            message.said = message.said or end
+            message.finished = message.finished or end
 
     def piece(self, number: int, data: bytes, *, end: bool = False, pad: int | None = None) -> None:
         """DATA that the windows allow."""
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.h2.send_data(number, data, end_stream=end, pad_length=pad)
-            self.messages[number].said = self.messages[number].said or end
+            self.messages[number].finished = self.messages[number].finished or end
 
     def reset(self, number: int, code: int) -> None:
         self.messages[number].left = True
@@ -177,7 +178,7 @@ class End2(End):
             self.h2.reset_stream(number, code)
 
     async def put(self, number: int, data: bytes, *, end: bool = False) -> None:
-        """As the windows allow, or until the stream has gone."""
+        """Sends as the windows allow, or until the stream has ended."""
         while self._open(number):
             room = min(self.h2.local_flow_control_window(number), self.h2.max_outbound_frame_size)
             now, data = data[:room], data[room:]
@@ -195,7 +196,7 @@ class End2(End):
         return self.ended is None and not self.closed and message.reset is None and not message.left
 
     async def goaway(self, last: int, code: int = 0) -> None:
-        """By hand: h2 sends one only to end its connection."""
+        """Written by hand: h2 sends GOAWAY only to end its connection."""
         await self.flush(
             frame(Kind.GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big"))
         )
@@ -205,7 +206,7 @@ class End2(End):
             message.left = True
         super().close(reset=reset)
 
-    # What a play leaves...
+    # Results of a play...
 
     @property
     def quiet(self) -> bool:
@@ -216,7 +217,8 @@ class End2(End):
         )
 
     def seen(self) -> object:
-        """In which order the requests of one write come to a server is anybody's."""
+        """Sorted, because the order in which the requests of one write arrive at a server is not
+        defined."""
         messages = [self.messages[number].shown() for number in sorted(self.messages)]
         return (
             (self.fault, messages, self.goaways) if self.client else (self.fault, sorted(messages))
@@ -232,7 +234,7 @@ class Client2(End2):
         return number
 
     def answered(self, number: int) -> bool:
-        """The whole answer is there, and nothing is left to be said; or there will be none."""
+        """The response is complete and nothing is left to send, or there will be no response."""
         return self.messages[number].done or self.ended is not None
 
 
@@ -242,8 +244,8 @@ class Server2(End2):
 
 
 def fuzzed(rng: random.Random) -> list[Pair]:
-    """Fields of any names and values, some of them more than once, and some with what only proxies
-    may say."""
+    """Fields with random names and values, some of them repeated, and some that only proxies may
+    send."""
     names = [bytes(rng.choices(b"abcxyz-_.0~", k=rng.choice([1, 5, 20]))) for _ in range(3)]
     names += [
         b"cookie",

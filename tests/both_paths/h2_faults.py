@@ -1,4 +1,4 @@
-"""Faults of either side of a play of HTTP/2, and the acts that are drawn."""
+"""Faults of either side of an HTTP/2 play, and the acts that are drawn at random."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.both_paths.h2_acts import (
     download,
     good,
     got,
-    heard,
     left,
     line,
     loop,
     once,
+    received,
     sampled,
     slow,
     slow_reader,
@@ -39,7 +39,8 @@ from tests.both_paths.stage import Act, Stage
 
 
 async def broken(stage: Stage, rng: random.Random) -> None:
-    """The server gives no answer, or a wrong one; where that may be, it is asked again."""
+    """The server sends no response, or a wrong one. Where that is allowed, the request is
+    retried."""
     kinds = [
         "reset",
         "cancelled",
@@ -77,7 +78,7 @@ async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
 
 
 async def refused(stage: Stage, rng: random.Random) -> None:
-    """Once: without a body, with one, with one that is too long to be kept."""
+    """Once: without a body, with one, and with one that is too long to be kept."""
     end, size = await line(stage), rng.choice([0, 0, 3, 30_000, 90_000])
     number = end.open(
         asking(once("refused-once", 9, rng), rng.choice(FIELDS), b"POST"), end=not size
@@ -87,7 +88,7 @@ async def refused(stage: Stage, rng: random.Random) -> None:
 
 
 async def broken_within_upload(stage: Stage, rng: random.Random) -> None:
-    """What has been sent of the body is sent again, if that may be."""
+    """The part of the body that was sent is sent again, if that is allowed."""
     end = await line(stage)
     path = once(rng.choice(["refused-upload", "refused-upload", "reset-upload"]), 9, rng)
     number = end.open(asking(path, rng.choice(FIELDS), rng.choice([b"POST", b"PUT"])), end=False)
@@ -99,8 +100,8 @@ async def broken_within_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def sent_away(stage: Stage, rng: random.Random) -> None:
-    """The server goes away, and has not looked at it; other streams of its connection go on, or
-    there are none."""
+    """The server sends GOAWAY without having processed it. Other streams of its connection
+    continue, or there are none."""
     end, other = await line(stage), None
     if rng.random() < 0.5:
         other = end.open(asking("/wait/30", []))
@@ -147,7 +148,7 @@ async def given_up_within_upload(stage: Stage, rng: random.Random) -> None:
     kind = rng.choice(["ok", "echo"])
     number = end.open(asking(f"/{kind}/1", rng.choice([[], CALL]), b"POST"), end=False)
     await end.put(number, b"hello")
-    await heard(stage, 5)
+    await received(stage, 5)
     if kind == "echo":
         await got(stage, end, number, 5)
     end.reset(number, 8)
@@ -155,7 +156,7 @@ async def given_up_within_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def given_up_at_once(stage: Stage, rng: random.Random) -> None:
-    """In one write with the head: nobody has looked at it."""
+    """In one write with the head: no proxy has processed it before."""
     end = await line(stage)
     number = end.open(asking("/ok/1", rng.choice(FIELDS)), end=rng.random() < 0.5)
     end.reset(number, 8)
@@ -165,7 +166,7 @@ async def given_up_at_once(stage: Stage, rng: random.Random) -> None:
 
 
 async def given_up_while_it_waits(stage: Stage, _: random.Random) -> None:
-    """For the client's own window."""
+    """While it waits for the client's own window."""
     end = await connected(stage, window=2000)
     number = end.open(asking("/ok/9000", []))
     await end.flush()
@@ -178,7 +179,8 @@ async def given_up_while_it_waits(stage: Stage, _: random.Random) -> None:
 
 
 async def leave(stage: Stage, rng: random.Random) -> None:
-    """The client closes its connection: with nothing under way, or within a few things at once."""
+    """The client closes its connection: with nothing in progress, or in the middle of a few
+    streams."""
     end, reset = await line(stage), rng.random() < 0.5
     if rng.random() < 0.8:
         waits, half = (
@@ -188,8 +190,8 @@ async def leave(stage: Stage, rng: random.Random) -> None:
         uploads = end.open(asking("/ok/200", [], b"POST"), end=False)
         await end.put(uploads, b"hello")
         await got(stage, end, half, 1000)
-        await heard(stage, 5)
-        await stage.until(lambda: stage.awaited - stage.gone_on == 2)
+        await received(stage, 5)
+        await stage.until(lambda: stage.waits - stage.released == 2)
         assert not end.messages[waits].over
         await left(stage, end, reset=reset)
         await stage.settled()
@@ -200,7 +202,7 @@ async def leave(stage: Stage, rng: random.Random) -> None:
 
 
 async def leave_politely(stage: Stage, rng: random.Random) -> None:
-    """By GOAWAY: what is open goes on."""
+    """With GOAWAY: open streams continue."""
     end = await line(stage)
     number = end.open(asking("/wait/200", rng.choice(FIELDS)))
     await end.flush()
@@ -231,8 +233,7 @@ MALFORMED: list[list[Pair]] = [
 
 
 async def malformed(stage: Stage, rng: random.Random) -> None:
-    """A head that is no head, and a body that is not what its head says; the other streams go
-    on."""
+    """An invalid head, and a body that does not agree with its head. The other streams continue."""
     end, other = await line(stage), None
     if rng.random() < 0.7:
         number = end.open(rng.choice(MALFORMED))
@@ -240,7 +241,7 @@ async def malformed(stage: Stage, rng: random.Random) -> None:
         number = end.open(_head((b"content-length", b"3"), method=b"POST"), end=False)
         if rng.random() < 0.5:
             await end.put(number, b"ab")
-            await heard(stage, 2)
+            await received(stage, 2)
         end.piece(number, b"cdefg", end=rng.random() < 0.5)
     other = end.open(asking("/ok/2", []))
     await end.flush()
@@ -248,7 +249,7 @@ async def malformed(stage: Stage, rng: random.Random) -> None:
 
 
 async def wrong_frame(stage: Stage, _: random.Random) -> None:
-    """It ends the connection, and what is under way on it."""
+    """It ends the connection, and all streams in progress on it."""
     end = await line(stage)
     number = end.open(asking("/wait/5", []))
     await end.flush()
@@ -277,12 +278,12 @@ async def late(stage: Stage, rng: random.Random) -> None:
         await answer(stage, end, number)
 
 
-# Acts that are not drawn...
+# Acts that are not drawn at random...
 
 
 async def unanswered(stage: Stage, _: random.Random) -> None:
-    """All that can be waited for, at once: a head, the rest of a response, that of a request, a
-    client's window."""
+    """All that can be waited for, at the same time: a head, the rest of a response, the rest of a
+    request, a client's window."""
     end, slow_end = await line(stage), await connected(stage, window=2000)
     numbers = [end.open(asking(f"/{kind}/2000", [])) for kind in ("never", "half-never")]
     numbers += [end.open(asking(f"/{kind}/1/{kind}", CALL)) for kind in ("never",)]
@@ -296,7 +297,7 @@ async def unanswered(stage: Stage, _: random.Random) -> None:
 
 
 async def fail_in_a_row(stage: Stage, rng: random.Random, kind: str = "reset") -> None:
-    """As often as it takes to break an endpoint."""
+    """Enough failures to open an endpoint's circuit."""
     for n in range(9):
         end = await line(stage)
         number = end.open(asking(f"/{kind}/{n}", CALL, b"POST"))
@@ -317,8 +318,8 @@ plain_call: Act = partial(call, kinds=("grpc",))
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that
-    are ready for the fast path."""
+    """A play: unusual acts, each after plain ones, so that it meets connections that are ready for
+    the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled]
     odd = [act for _ in range(2) for act in rng.sample(ODD, len(ODD))][:number]

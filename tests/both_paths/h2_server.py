@@ -1,4 +1,4 @@
-"""A server of HTTP/2 that does what a request's path says: /kind/size. It waits for the whole of a
+"""An HTTP/2 server that does what a request's path says: /kind/size. It waits for the complete
 request, unless the kind is EARLY."""
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ async def serve(stage: Stage, end: End) -> None:
     async with trio.open_nursery() as nursery:
         while end.ended is None and not end.closed:
             await stage.until(
-                # B023: called before the loop goes on
-                lambda: len(end.told) > done or end.ended is not None or end.closed,  # noqa: B023
+                lambda: len(end.opened_by_peer) > done or end.ended is not None or end.closed,  # noqa: B023  # called before the loop continues
                 100,
             )
-            for number in end.told[done:]:
+            for number in end.opened_by_peer[done:]:
                 nursery.start_soon(_respond, stage, end, number)
-            done = len(end.told)
+            done = len(end.opened_by_peer)
         end.close()
         nursery.cancel_scope.cancel()
 
@@ -50,13 +49,13 @@ async def _respond(stage: Stage, end: End2, number: int) -> None:
         await stage.until(lambda: message.over or end.ended is not None, 100)
     if message.reset is None and end.ended is None:
         bare = message.get(b":method") == b"HEAD"
-        await KINDS[kind](Asked(stage, end, number, message, 0 if bare else size))
+        await KINDS[kind](Request(stage, end, number, message, 0 if bare else size))
     await end.flush()
-    end.messages[number].said = True
+    end.messages[number].finished = True
 
 
-class Asked:
-    """A request, and where its answer goes."""
+class Request:
+    """A request, and where its response goes."""
 
     def __init__(self, stage: Stage, end: End2, number: int, message: Message, size: int) -> None:
         self.stage, self.end, self.number, self.message, self.size = (
@@ -73,7 +72,8 @@ class Asked:
             await self.end.put(self.number, data, end=True)
 
     async def begin(self, head: list[Pair] = OK) -> None:
-        """The head and half of the body; all of that is with the client when `wait` returns."""
+        """Sends the head and half of the body. All of that has arrived at the client when `wait`
+        returns."""
         self.end.head(self.number, head)
         await self.end.put(self.number, body(self.size)[: self.size // 2])
 
@@ -91,7 +91,7 @@ class Asked:
         return self.stage.notes.count(path) == 1
 
     async def some(self) -> None:
-        """Until something of the body has come."""
+        """Waits until a part of the body has arrived."""
         await self.stage.until(
             lambda: bool(self.message.body) or self.message.over or self.end.ended is not None
         )
@@ -100,7 +100,7 @@ class Asked:
         await self.stage.until(lambda: self.message.over or self.end.ended is not None, 100)
 
 
-Kind = Callable[[Asked], Awaitable[None]]
+Kind = Callable[[Request], Awaitable[None]]
 KINDS: dict[str, Kind] = {}
 # These do not wait for the end of the request.
 EARLY = {
@@ -117,15 +117,15 @@ EARLY = {
 
 
 def kind(*names: str) -> Callable[[Kind], Kind]:
-    def noted(function: Kind) -> Kind:
+    def relay_recorded(function: Kind) -> Kind:
         KINDS.update(dict.fromkeys(names, function))
         return function
 
-    return noted
+    return relay_recorded
 
 
 def _says(head: list[Pair], *, empty: bool = False) -> Kind:
-    async def answer(asked: Asked) -> None:
+    async def answer(asked: Request) -> None:
         await asked.answer(b"" if empty else body(asked.size), head)
 
     return answer
@@ -149,19 +149,19 @@ KINDS["bad-length"] = _says([*OK, (b"content-length", b"3")])
 
 
 @kind("length")
-async def _length(asked: Asked) -> None:
+async def _length(asked: Request) -> None:
     await asked.answer(body(asked.size), [*OK, (b"content-length", b"%d" % asked.size)])
 
 
 @kind("hollow")
-async def _hollow(asked: Asked) -> None:
+async def _hollow(asked: Request) -> None:
     asked.end.head(asked.number, OK)
     asked.end.piece(asked.number, b"", end=True)
 
 
 @kind("pieces", "padded")
-async def _pieces(asked: Asked) -> None:
-    """DATA of any size, some of it empty, the last one too; each in a write of its own, or a few
+async def _pieces(asked: Request) -> None:
+    """DATA of random sizes, some of it empty, the last one too. Each in its own write, or a few
     together."""
     end, number, data = asked.end, asked.number, body(asked.size % 1000)
     padded = asked.message.get(b":path").startswith(b"/padded")
@@ -176,7 +176,7 @@ async def _pieces(asked: Asked) -> None:
 
 
 @kind("trailers", "bare-trailers")
-async def _trailers(asked: Asked) -> None:
+async def _trailers(asked: Request) -> None:
     asked.end.head(asked.number, OK)
     if asked.message.get(b":path").startswith(b"/trailers"):
         await asked.end.put(asked.number, body(asked.size))
@@ -184,7 +184,7 @@ async def _trailers(asked: Asked) -> None:
 
 
 @kind("grpc", "grpc-late-away")
-async def _grpc(asked: Asked) -> None:
+async def _grpc(asked: Request) -> None:
     asked.end.head(asked.number, GRPC)
     await asked.end.put(asked.number, body(asked.size))
     asked.trailers(
@@ -194,17 +194,18 @@ async def _grpc(asked: Asked) -> None:
 
 
 @kind("interim")
-async def _interim(asked: Asked) -> None:
+async def _interim(asked: Request) -> None:
     asked.end.head(asked.number, [(b":status", b"103"), (b"link", b"</a>")])
     asked.end.head(asked.number, [(b":status", b"103"), (b"link", b"</b>")])
     await asked.answer(body(asked.size))
 
 
 @kind("slow-take")
-async def _slow_take(asked: Asked) -> None:
-    """The body is let in as the server likes."""
+async def _slow_take(asked: Request) -> None:
+    """The server enlarges the window at its own pace."""
     end, message, window = asked.end, asked.message, 65535
-    end.h2.increment_flow_control_window(10**6)  # the connection's: what is short is the stream's
+    # The connection's window: only the stream's window is small.
+    end.h2.increment_flow_control_window(10**6)
     for more in (100, 3000, 40_000, 10**6):
         await end.flush()
         await asked.stage.until(lambda: len(message.body) == window or message.over)  # noqa: B023  # used in this turn
@@ -217,7 +218,7 @@ async def _slow_take(asked: Asked) -> None:
 
 
 @kind("continue")
-async def _continue(asked: Asked) -> None:
+async def _continue(asked: Request) -> None:
     asked.end.head(asked.number, [(b":status", b"100")])
     await asked.end.flush()
     await asked.whole()
@@ -225,8 +226,8 @@ async def _continue(asked: Asked) -> None:
 
 
 @kind("fuzzed", "cut")
-async def _fuzzed(asked: Asked) -> None:
-    """A head of any fields; or an answer in any pieces."""
+async def _fuzzed(asked: Request) -> None:
+    """A head with random fields, or a response in random pieces."""
     rng = random.Random(asked.size)
     name = asked.message.get(b":path").split(b"/")[1]
     asked.end.cut = rng if name == b"cut" else None
@@ -235,9 +236,9 @@ async def _fuzzed(asked: Asked) -> None:
 
 
 @kind("early", "early-reset")
-async def _early(asked: Asked) -> None:
-    """Answered within the request; its rest is not wanted, as the proxies find out by themselves,
-    or are told."""
+async def _early(asked: Request) -> None:
+    """Responds within the request. Its rest is not wanted: the proxies find that out by themselves,
+    or get a reset."""
     await asked.some()
     await asked.answer(body(asked.size))
     if asked.message.get(b":path").startswith(b"/early-reset"):
@@ -245,7 +246,7 @@ async def _early(asked: Asked) -> None:
 
 
 @kind("early-head")
-async def _early_head(asked: Asked) -> None:
+async def _early_head(asked: Request) -> None:
     asked.end.head(asked.number, OK)
     await asked.end.flush()
     await asked.whole()
@@ -253,15 +254,15 @@ async def _early_head(asked: Asked) -> None:
 
 
 @kind("echo", "tunnel")
-async def _echo(asked: Asked) -> None:
-    """Everything back as it comes, trailers too."""
+async def _echo(asked: Request) -> None:
+    """Sends everything back as it arrives, trailers too."""
     end, number, message = asked.end, asked.number, asked.message
     end.head(number, GRPC if message.get(b"content-type") else OK)
     await end.flush()
     over, sent = False, 0
     while not over:
         await asked.stage.until(
-            # B023: called before the loop goes on
+            # B023: called before the loop continues
             lambda: len(message.body) > sent or message.over or end.ended is not None,  # noqa: B023
             100,
         )
@@ -274,7 +275,7 @@ async def _echo(asked: Asked) -> None:
 
 
 @kind("reset", "cancelled", "calm", "refused", "refused-once")
-async def _reset(asked: Asked) -> None:
+async def _reset(asked: Request) -> None:
     name = asked.message.get(b":path").split(b"/")[1]
     if name == b"refused-once" and not asked.first():
         await asked.answer(bytes(asked.message.body) or b"again")
@@ -285,8 +286,8 @@ async def _reset(asked: Asked) -> None:
 
 
 @kind("refused-upload", "reset-upload")
-async def _within_upload(asked: Asked) -> None:
-    """The first time, when a part of the body is here."""
+async def _within_upload(asked: Request) -> None:
+    """The first time, when a part of the body has arrived."""
     await asked.some()
     if asked.first():
         asked.end.reset(
@@ -298,8 +299,8 @@ async def _within_upload(asked: Asked) -> None:
 
 
 @kind("goaway")
-async def _goaway(asked: Asked) -> None:
-    """The first time it is not looked at."""
+async def _goaway(asked: Request) -> None:
+    """The first time, the request is not processed."""
     if asked.first():
         await asked.end.goaway(asked.number - 2)
         asked.message.left = True
@@ -308,14 +309,14 @@ async def _goaway(asked: Asked) -> None:
 
 
 @kind("close", "abort")
-async def _close(asked: Asked) -> None:
+async def _close(asked: Request) -> None:
     asked.end.close(reset=asked.message.get(b":path").startswith(b"/abort"))
 
 
 @kind(
     "half-close", "half-abort", "half-reset", "half-calm", "half-refused", "half-wait", "half-grpc"
 )
-async def _half(asked: Asked) -> None:
+async def _half(asked: Request) -> None:
     name = asked.message.get(b":path").split(b"/")[1]
     await asked.begin(GRPC if name == b"half-grpc" else OK)
     await asked.stage.wait()
@@ -328,7 +329,7 @@ async def _half(asked: Asked) -> None:
 
 
 @kind("wait", "wait-reset")
-async def _wait(asked: Asked) -> None:
+async def _wait(asked: Request) -> None:
     await asked.stage.wait()
     if asked.message.get(b":path").startswith(b"/wait/"):
         await asked.answer(body(asked.size))
@@ -337,7 +338,7 @@ async def _wait(asked: Asked) -> None:
 
 
 @kind("never", "half-never")
-async def _never(asked: Asked) -> None:
+async def _never(asked: Request) -> None:
     if asked.message.get(b":path").startswith(b"/half"):
         await asked.begin()
     await asked.stage.until(

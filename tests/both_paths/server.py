@@ -1,5 +1,5 @@
-"""A server that does what a request's target says: /kind/size. It reads a request's body where a
-client sends one whole."""
+"""A server that does what a request's target says: /kind/size. Where a client sends a complete
+body, it reads the body."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def _reset(_: Stage, end: End, __: int, ___: bool) -> bool:
 
 
 async def _half_reset(stage: Stage, end: End, size: int, _: bool) -> bool:
-    """Once the client has its half: a reset would destroy what is on the way."""
+    """When the client has its half: an earlier reset would destroy data in flight."""
     await end.send(_ok(size) + _body(size // 2))
     await stage.wait()
     end.close(reset=True)

@@ -1,5 +1,5 @@
-"""Proxies in this process, between a client and a server that are read all the time, and all that a
-play leaves behind."""
+"""Proxies in this process, between a client and a server that read all the time, and all results of
+a play."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ ALL = ("requests", "clients", "servers", "connections", "spans", "metrics")
 
 
 class End:
-    """One end of a connection, outside of the proxies. What comes is read at once."""
+    """One end of a connection, outside of the proxies. Data is read at once."""
 
     def __init__(self, stage: Stage, sock: trio.socket.SocketType) -> None:
         self._stage = stage
         self.stream = trio.SocketStream(sock)
-        self.heard = bytearray()
-        self.used = 0  # bytes of it that somebody has looked at
+        self.received = bytearray()
+        self.used = 0  # bytes that a test has read
         self.ended: str | None = None  # by the other side
         self.closed = False  # by us
 
     async def read(self) -> None:
         try:
             while data := await self.stream.receive_some(65536):
-                await self.hear(data)
+                await self.receive(data)
                 self._stage.tell()
             self.ended = "end"
         except trio.BrokenResourceError:
@@ -60,15 +60,15 @@ class End:
             self.ended = "closed here"
         self._stage.tell()
 
-    async def hear(self, data: bytes) -> None:
-        self.heard += data
+    async def receive(self, data: bytes) -> None:
+        self.received += data
 
     @property
     def new(self) -> bytes:
-        return bytes(self.heard[self.used :])
+        return bytes(self.received[self.used :])
 
     async def behind(self, count: int) -> bytes:
-        """What is new but for the first `count` bytes; nothing at the end."""
+        """The new data without the first `count` bytes; nothing at the end."""
         await self._stage.until(lambda: len(self.new) > count or self.ended is not None)
         return self.new[count:]
 
@@ -79,7 +79,7 @@ class End:
         return data
 
     async def send(self, *pieces: bytes) -> None:
-        """Each in a write of its own. That nobody takes it any more is the other side's matter."""
+        """Each in its own write. Whether the other side still reads does not matter here."""
         try:
             for piece in pieces:
                 if piece:
@@ -99,37 +99,38 @@ class End:
             self._stage.tell()
 
     async def finish(self) -> None:
-        """Our direction."""
+        """Half-close."""
         await self.stream.send_eof()
 
     @property
     def quiet(self) -> bool:
-        """Nothing is awaited any more of what a proxy has begun to say."""
+        """Wait for nothing more of what a proxy has started to send."""
         return True
 
     def seen(self) -> object:
-        """What it has heard."""
-        return masked(self.heard)
+        """What it has received."""
+        return masked(self.received)
 
 
 @dataclass
 class Left:
-    """What a play has left behind, without ports, times, and ids that were drawn."""
+    """The results of a play, without ports, times and random ids."""
 
     clients: list[tuple[Any, str | None]] = field(
         default_factory=list
-    )  # what they heard, and how their connection ended
-    servers: list[tuple[Any, bool]] = field(default_factory=list)  # the same; whether it was open
+    )  # what they received, and how their connection ended
+    # The same for servers; whether it was open
+    servers: list[tuple[Any, bool]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)  # their lines in the log
+    requests: list[str] = field(default_factory=list)  # their log lines
     connections: list[str] = field(default_factory=list)
     spans: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # what the log says that must not be
+    faults: list[str] = field(default_factory=list)  # log entries that must not occur
     finished: float = 0  # exchanges on the fast path
 
 
 class Stage:
-    """Where a play takes place: the proxies, and the connections to both sides of them."""
+    """Where a play runs: the proxies, and the connections to both sides of them."""
 
     def __init__(
         self, nursery: trio.Nursery, address: Address, apps: list[App], cast: Cast
@@ -141,9 +142,9 @@ class Stage:
         self._changed = trio.Event()
         self.clients: list[End] = []
         self.servers: list[End] = []
-        self.gone_on = 0  # how often whoever waits has been told to
-        self.awaited = 0  # how often somebody has waited
-        self.notes: list[str] = []  # of the server's, what it has been asked
+        self.released = 0  # how often the waiting side has been released
+        self.waits = 0  # how often a side has waited
+        self.notes: list[str] = []  # the requests that servers have received
 
     def tell(self) -> None:
         self._changed.set()
@@ -171,21 +172,21 @@ class Stage:
 
     async def wait(self) -> None:
         """The server waits until the client tells it to go on."""
-        self.awaited += 1
-        mine = self.awaited
+        self.waits += 1
+        mine = self.waits
         self.tell()
-        await self.until(lambda: self.gone_on >= mine)
+        await self.until(lambda: self.released >= mine)
 
     async def waiting(self) -> None:
         """The client waits until the server does."""
-        await self.until(lambda: self.awaited > self.gone_on)
+        await self.until(lambda: self.waits > self.released)
 
     def go_on(self) -> None:
-        self.gone_on += 1
+        self.released += 1
         self.tell()
 
     async def settled(self) -> None:
-        """Until no exchange is under way in any proxy, and the servers know."""
+        """Wait until no exchange is in progress in any proxy, and the servers know."""
         await until(
             lambda: (
                 not any(
@@ -198,7 +199,7 @@ class Stage:
         await self.until(lambda: all(end.quiet for end in self.servers))
 
     async def known(self) -> None:
-        """Until the proxy knows which of the server's connections are open."""
+        """Wait until the proxy knows which of the server's connections are open."""
         last = self.apps[-1]
         pools = last.inbound_pools if last.listeners.inbound else last.outbound_pools
         await until(
@@ -210,14 +211,14 @@ class Stage:
         )
 
     async def forgotten(self) -> None:
-        """Until the proxy knows which of the clients' connections are open."""
+        """Wait until the proxy knows which of the clients' connections are open."""
         acceptor = (
             self.apps[0].outbound if self.apps[0].listeners.outbound else self.apps[0].inbound
         )
         await until(lambda: acceptor.open <= sum(not end.closed for end in self.clients), 20)
 
     async def clear(self) -> None:
-        """The clients go; until the proxies know."""
+        """Close the clients, and wait until the proxies know."""
         for end in self.clients:
             end.close()
         await until(lambda: not self.apps[0].outbound.open + self.apps[0].inbound.open, 20)
@@ -230,7 +231,8 @@ Serve = Callable[[Stage, End], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays. `protocol` and `policy`: what the directory says of the service."""
+    """The parameters of a play. `protocol` and `policy`: what the directory says about the
+    service."""
 
     serve: Serve
     client: Callable[..., End] = End
@@ -319,9 +321,8 @@ async def staged(
         AsyncExitStack() as clients,
     ):
         for app in apps:
-            for _ in range(
-                64
-            ):  # so that no connection is closed for being one too many, at a time that a play does not know
+            # So that no connection is closed because of a limit, at a time that a play does not know.
+            for _ in range(64):
                 clients.enter_context(app.inbound_pools.client(server))
         first = apps[0].listeners
         stage = Stage(
@@ -343,7 +344,7 @@ async def staged(
 
 
 def pieces(data: bytes, rng: random.Random) -> list[bytes]:
-    """What is written at a time; as a rule all of it."""
+    """The size of writes; usually all at once."""
     if rng.random() < 0.6:
         return [data]
     cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([1, 1, 2, 5])))
@@ -351,7 +352,7 @@ def pieces(data: bytes, rng: random.Random) -> list[bytes]:
 
 
 async def disturb(stage: Stage, rng: random.Random) -> None:
-    """Have whatever is under way handed over, again and again."""
+    """Hand over exchanges in progress, again and again."""
     while True:
         await trio.sleep(rng.random() * 0.003)
         for app in stage.apps:
@@ -369,8 +370,8 @@ class Theatre:
     settings: dict[str, Any] = field(default_factory=dict)
 
     async def on_all_paths(self, acts: list[Act], shape: Shape, seed: int) -> list[Left]:
-        """The same play on each of PATHS. The fast one carries what it can, and the ordinary one is
-        another."""
+        """One play, carried once on each of PATHS. The fast path carries what it can. The ordinary
+        one is another path."""
         ordinary, fast, disturbed = [await self.play(acts, shape, path, seed) for path in PATHS]
         assert not ordinary.finished
         assert ordinary.spans
@@ -442,7 +443,7 @@ class Theatre:
                 else:
                     counted = (
                         {} if self.cast.protocol == "http1" else {"read": 0, "written": 0}
-                    )  # where frames end is nobody's business
+                    )  # where frames end does not matter
                     left.connections.append(repr(replace(kept, destination="", **counted)))
             elif record.levelno >= logging.ERROR:
                 left.faults.append(record.getMessage())
@@ -460,13 +461,13 @@ _NOT_COMPARED = re.compile(
 )
 
 
-def masked(heard: bytes | bytearray) -> bytes:
-    """Without what was drawn, and ports."""
-    return _DRAWN.sub(b"*", bytes(heard))
+def masked(received: bytes | bytearray) -> bytes:
+    """Without random values and ports."""
+    return _DRAWN.sub(b"*", bytes(received))
 
 
 def _counted(number: int, metrics: bytes) -> dict[str, float]:
-    """All series but times; of histograms of times, how many there were."""
+    """All series except times. Of histograms of times, only their counts."""
     lines = [
         line
         for line in metrics.decode().splitlines()

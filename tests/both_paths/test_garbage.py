@@ -1,6 +1,6 @@
-"""What is over is gone at once: nothing that belongs to an exchange, a connection or a relay waits
-for the garbage collector. A circle of references would keep 30 KiB of OpenSSL's for each closed
-connection until then, and the collector has to look at all of it."""
+"""Objects of finished exchanges, connections and relays are freed at once, without the garbage
+collector. A reference cycle would keep 30 KiB of OpenSSL memory for each closed connection until a
+collection, and the collector would have to visit all of it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.both_paths.h2_ends import Client2, Server2
 from tests.both_paths.h2_server import serve as serve2
 from tests.both_paths.server import serve
 from tests.both_paths.stage import Cast, Theatre, WhichPath
-from tests.fastpath.conversations import Conversation, held, paved
+from tests.fastpath.conversations import Conversation, held, running_fast_path
 
 OURS = (Exchange, FastRelay, FastConnection, SocketStream, TLSStream, SSL.Connection)
 
 
 @contextmanager
 def garbage() -> Iterator[Counter[str]]:
-    """What the collector would have had to find within the block, of ours."""
+    """The objects of our modules that only the collector would have found within the block."""
     found: Counter[str] = Counter()
     gc.collect()
     gc.garbage.clear()
@@ -64,7 +64,7 @@ async def test_exchanges_and_connections_leave_nothing_to_the_collector(
 @pytest.mark.parametrize("given_back", [None, 2], ids=["on the fast path to its end", "given back"])
 async def test_relays_leave_nothing_to_the_collector(given_back: int | None) -> None:
     with garbage() as left:
-        async with paved() as fast_path:
+        async with running_fast_path() as fast_path:
             for tls in ((False, True), (True, True), (False, False)):
                 talk = await held(
                     Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back),

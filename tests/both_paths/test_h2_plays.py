@@ -1,5 +1,5 @@
-"""The same for HTTP/2. Messages are compared instead of bytes: where a body is cut into frames is
-nobody's business, nor is how many bytes that takes."""
+"""Both paths give the same results for HTTP/2. Messages are compared instead of bytes, because the
+frames of a body and the size of its frames are not part of the result."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def same(ordinary: Left, other: Left) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_nobody_can_tell_which_path_a_stream_took(
+async def test_both_paths_give_the_same_stream(
     shape: Shape, seed: int, theatre: Callable[..., Theatre]
 ) -> None:
     ordinary, fast, disturbed = await theatre().on_all_paths(drawn(seed, 40), shape, seed)
-    assert fast.finished >= 12, "nothing was put to the test"
+    assert fast.finished >= 12, "the play tested nothing"
     same(ordinary, fast)
     same(ordinary, disturbed)
 
@@ -59,7 +59,7 @@ async def test_a_policy_is_kept_to_on_either_path(
     ordinary, fast, disturbed = await made(replace(CAST, policy=policy)).on_all_paths(
         drawn(5, 30), shape, 5
     )
-    assert fast.finished >= 8, "nothing was put to the test"
+    assert fast.finished >= 8, "the play tested nothing"
     assert any(
         "isthmus_retries_total" in name and count for name, count in ordinary.metrics.items()
     )
@@ -68,7 +68,7 @@ async def test_a_policy_is_kept_to_on_either_path(
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound"])
-async def test_what_takes_too_long_ends_alike(
+async def test_timeouts_end_the_same_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre]
 ) -> None:
     stage = theatre(
@@ -86,7 +86,7 @@ async def test_what_takes_too_long_ends_alike(
 
 
 @pytest.mark.parametrize("kind", ["reset", "grpc-away", "grpc-late-away", "busy"])
-async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(
+async def test_failures_in_a_row_open_the_circuit_on_both_paths(
     kind: str, theatre: Callable[..., Theatre]
 ) -> None:
     acts = [good, partial(fail_in_a_row, kind=kind)]
@@ -100,7 +100,7 @@ async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_a_proxy_that_goes_down_sends_its_clients_away_alike(
+async def test_a_shutdown_is_the_same_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre]
 ) -> None:
     ordinary, *others = [
@@ -112,10 +112,10 @@ async def test_a_proxy_that_goes_down_sends_its_clients_away_alike(
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_many_streams_at_once_are_served_alike(
+async def test_many_concurrent_streams_have_the_same_result_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_path, "PATIENCE", 30)  # nobody is slow here but the machine
+    monkeypatch.setattr(fast_path, "PATIENCE", 30)  # only the machine can be slow here
     ordinary, *others = [
         await theatre().play([good, many_at_once], shape, path, 1) for path in PATHS
     ]

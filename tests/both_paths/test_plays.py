@@ -1,6 +1,6 @@
-"""A play has one outcome: what the client got, byte for byte, what the server heard, all metrics
-but times, the lines of the log and the records for spans are the same with the fast path off, with
-it on, and while it hands over exchanges at any moment."""
+"""A play has one result, whether the fast path is off, on, or hands over exchanges at any moment.
+Compared are what the client got, byte for byte, what the server got, all metrics except times, the
+log lines, and the records for spans."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def theatre(made: Callable[..., Theatre]) -> Callable[..., Theatre]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_nobody_can_tell_which_path_an_exchange_took(
+async def test_both_paths_give_the_same_exchange(
     shape: Shape, seed: int, theatre: Callable[..., Theatre]
 ) -> None:
     ordinary, fast, disturbed = await theatre().on_all_paths(drawn(seed, 16), shape, seed)
-    assert fast.finished >= 8, "nothing was put to the test"
+    assert fast.finished >= 8, "the play tested nothing"
     same(ordinary, fast)
     same(ordinary, disturbed)
 
 
-# What the fast path can do of a policy. The limit is there for what is slow, which none of this is.
+# What the fast path supports of a policy. No limit is reached here, because nothing is slow.
 POLICY = {
     "timeouts": {"request": "60s"},
     "retries": {
@@ -69,7 +69,7 @@ async def test_a_policy_is_kept_to_on_either_path(
     ordinary, fast, disturbed = await theatre.on_all_paths(
         [*drawn(seed, 12), *TRIED_AGAIN], shape, seed
     )
-    assert fast.finished >= 8, "nothing was put to the test"
+    assert fast.finished >= 8, "the play tested nothing"
     assert (
         sum(count for name, count in ordinary.metrics.items() if "isthmus_retries_total" in name)
         >= 4
@@ -78,7 +78,7 @@ async def test_a_policy_is_kept_to_on_either_path(
     same(ordinary, disturbed)
 
 
-async def test_a_policy_that_nobody_can_keep_by_the_second_is_the_ordinary_path_s(
+async def test_a_policy_that_the_fast_path_cannot_apply_takes_the_ordinary_path(
     made: Callable[..., Theatre],
 ) -> None:
     soon, paused, tried = (
@@ -104,7 +104,7 @@ async def test_a_request_that_moves_all_the_time_has_no_longer_than_its_policy_s
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound"])
-async def test_what_takes_too_long_ends_alike(
+async def test_timeouts_end_the_same_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre]
 ) -> None:
     stage = theatre(http={"response_timeout": "2500ms", "response_body_timeout": "2500ms"})
@@ -119,7 +119,7 @@ async def test_what_takes_too_long_ends_alike(
     same(ordinary, fast)
 
 
-async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(
+async def test_failures_in_a_row_open_the_circuit_on_both_paths(
     theatre: Callable[..., Theatre],
 ) -> None:
     ordinary, *others = [
@@ -131,35 +131,35 @@ async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_a_proxy_that_goes_down_sends_its_clients_away_alike(
+async def test_a_shutdown_is_the_same_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre]
 ) -> None:
     ordinary, *others = [await theatre().play([good, good, stop], shape, path, 1) for path in PATHS]
     assert (
-        sum(b"Connection: close" in heard for heard, _ in ordinary.clients) == 3
-    )  # one had its head already, one nothing to be answered
+        sum(b"Connection: close" in received for received, _ in ordinary.clients) == 3
+    )  # one already had its head, one had no request to answer
     for other in others:
         same(ordinary, other)
 
 
-# What counts or charges a client's connection, not its requests.
+# Metrics about a client's connection, not about its requests.
 PER_CONNECTION = ("_bytes_total", "_heads_declined_total", "_memory_used_bytes")
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_many_clients_at_once_are_served_alike(
+async def test_many_concurrent_clients_have_the_same_result_on_both_paths(
     shape: Shape, theatre: Callable[..., Theatre], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which of the connections to the server serves whom is anybody's."""
-    monkeypatch.setattr(fast_path, "PATIENCE", 30)  # nobody is slow here but the machine
+    """Which server connection serves which client is not defined."""
+    monkeypatch.setattr(fast_path, "PATIENCE", 30)  # only the machine can be slow here
     ordinary, *others = [
         await theatre().play([good, many_at_once], shape, path, 1) for path in PATHS
     ]
     assert others[0].finished >= 50
     for other in others:
         for left in (ordinary, other):
-            # Whether a client sees the server's close before it closes itself is a matter of time.
-            left.clients = sorted((heard, None) for heard, _ in left.clients)
+            # Whether a client sees the server's close before it closes itself depends on timing.
+            left.clients = sorted((received, None) for received, _ in left.clients)
             # Bytes are counted when a connection to the server is closed, and a pool that is full
             # of idle connections closes one sooner or later. With two proxies, the inbound one has
             # the pooled connections of the other as its clients.

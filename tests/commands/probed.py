@@ -1,5 +1,4 @@
-"""What `isthmus check` finds when it looks: configurations, a proxy's admin port and TLS servers on
-loopback."""
+"""What `isthmus check` finds: configurations, a proxy's admin port and TLS servers on loopback."""
 
 import json
 import os
@@ -21,8 +20,7 @@ LOOPBACK = Address("127.0.0.1", 0)
 
 
 def mapped(uid):
-    """Whether this user namespace has the user: one that an ordinary user has made knows root
-    only."""
+    """Whether this user namespace has the user: a namespace of an ordinary user has only root."""
     ranges = [
         tuple(map(int, line.split()))
         for line in Path("/proc/self/uid_map").read_text().splitlines()
@@ -33,7 +31,7 @@ def mapped(uid):
 def configuration(tmp_path, **sections):
     """A configuration as the proxy reads it: JSON is YAML too."""
     path = tmp_path / "config.yaml"
-    # Where there is no proxy's user to become, packets are marked, as in such a sandbox's pods.
+    # Without the proxy's user, packets are marked, as in the pods of such a sandbox.
     exempt = {} if mapped(2102) else {"mark": 0x2102}
     quiet = {
         **exempt,
@@ -41,7 +39,7 @@ def configuration(tmp_path, **sections):
         "outbound": {"listen": []},
         "inbound": {"listen": []},
         "admin": {"listen": []},
-        # Root can become the proxy's user; everybody else is it here.
+        # Root can become the proxy's user. An ordinary user already is the proxy's user here.
         "intercept": {"uid": os.geteuid() or 2102},
     }
     path.write_text(json.dumps({**quiet, **sections}))
@@ -65,7 +63,7 @@ def statuses(results):
 
 @contextmanager
 def ordinary_user():
-    """Root becomes user 1 while the block runs; everybody else is an ordinary user already."""
+    """Root becomes user 1 while the block runs. An ordinary user stays as it is."""
     before = os.geteuid()
     if mapped(1):
         os.seteuid(before or 1)
@@ -77,8 +75,8 @@ def ordinary_user():
 
 @asynccontextmanager
 async def serving(handler):
-    """A listener on loopback whose connections are given to the handler, as streams of ours; gives
-    its address."""
+    """A listener on loopback. The handler gets each connection as a stream of proxy.net. Yields its
+    address."""
     with bind(LOOPBACK) as listener:
         async with trio.open_nursery() as nursery:
 
@@ -116,8 +114,8 @@ def meshed(workload, seen):
 
 
 def admin(answers, *, date=None):
-    """An admin port; `answers` maps a path to (status, body), where the body may be made anew for
-    each request."""
+    """An admin port. `answers` maps a path to (status, body). The body may be a function that is
+    called for each request."""
 
     async def handler(stream):
         head = await stream.receive_some(4096)

@@ -1,10 +1,7 @@
-"""`isthmus check`: every finding is in words, says what to do, and is a failure only when something
-is wrong.
-
-Real sockets on loopback stand for the proxy and its peers: a TLS server with a real identity, an
-admin port that answers HTTP. What needs a packet filter is proven in network namespaces elsewhere;
-here the verdicts on what it does or does not do are.
-"""
+"""`isthmus check`: every finding has a text and a remedy, and is a failure only when something is
+wrong. Real sockets on loopback replace the proxy and its peers: a TLS server with a real identity,
+and an admin port that answers HTTP. Tests in network namespaces cover the packet filter; here only
+the verdicts on its behaviour are tested."""
 
 import argparse
 import base64
@@ -112,7 +109,7 @@ def test_a_short_rest_a_readable_key_and_another_trust_domain_are_warnings(tmp_p
     assert worst(results) == "warning"
 
 
-def test_a_proxy_without_identity_or_directory_is_no_failure(tmp_path):
+def test_a_proxy_without_identity_or_directory_is_not_a_failure(tmp_path):
     config = configuration(tmp_path)
     assert statuses(check_certificates(config)[0]) == ["skipped"]
     assert statuses(check_directory(config)[0]) == ["skipped"]
@@ -183,7 +180,7 @@ def test_a_clock_that_jumps_while_we_look_is_noticed():
     assert "jumped by +5.0 s" in what
 
 
-def test_a_clock_with_nothing_to_compare_is_no_failure():
+def test_a_clock_with_nothing_to_compare_is_not_a_failure():
     assert clock_of(check_clock(None, Moment.now(), None))[0] == "ok"
 
 
@@ -213,7 +210,7 @@ async def test_a_proxy_that_is_not_ready_says_why(tmp_path):
     assert reported is None
 
 
-async def test_no_proxy_yet_is_no_failure(tmp_path):
+async def test_a_missing_proxy_is_not_a_failure(tmp_path):
     config = configuration(tmp_path, admin={"listen": [f"127.0.0.1:{free_port()}"]})
     assert statuses((await check_proxy(config, 1))[0]) == ["skipped"]
 
@@ -248,8 +245,8 @@ def test_the_accepted_connections_are_read_out_of_the_proxys_own_metrics():
 
 
 async def test_without_redirection_the_finding_says_how_to_install_it(tmp_path):
-    """Whatever the network does with a documentation address (refuses it, drops it, has no route):
-    it does not come to us."""
+    """The network may refuse, drop or not route a documentation address. In any case it does not
+    arrive here."""
     config = configuration(
         tmp_path,
         outbound={"listen": [f"127.0.0.1:{free_port()}"]},
@@ -305,10 +302,10 @@ def test_the_results_come_as_json_too(tmp_path, cart, capsys):
         )
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert told["status"] == "ok"
-    assert {entry["name"] for entry in told["checks"]} == {"certificates", "clock"}
-    assert set(told["checks"][0]) == {"name", "status", "what", "remedy"}
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == "ok"
+    assert {entry["name"] for entry in report["checks"]} == {"certificates", "clock"}
+    assert set(report["checks"][0]) == {"name", "status", "what", "remedy"}
 
 
 def test_a_broken_configuration_ends_the_command_with_its_mistakes(tmp_path, capsys):

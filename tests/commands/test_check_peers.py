@@ -1,5 +1,5 @@
-"""`isthmus check`: the endpoints of the directory and the gateways of other clusters are tried, and
-judged by what they prove."""
+"""`isthmus check`: the endpoints of the directory and the gateways of other clusters are tried. The
+verdict depends on the identity that they prove."""
 
 import json
 import os
@@ -40,8 +40,8 @@ async def test_a_peer_of_another_name_is_a_failure_that_names_both(tmp_path, car
 
 
 async def test_a_peer_that_refuses_our_certificate_is_a_failure(tmp_path, cart, root):
-    """It trusts itself and us it does not, although we trust it: only the alert after the handshake
-    says so."""
+    """It trusts itself but not us, although we trust it. Only the alert after the handshake shows
+    that."""
     other = issue.make_root(DOMAIN)
     stranger = workload(tmp_path, "checkout", other)
     cart.write_roots(other, root)

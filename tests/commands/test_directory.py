@@ -1,4 +1,4 @@
-"""`isthmus directory`: a schema for editors, and a check that says everything at once."""
+"""`isthmus directory`: a schema for editors, and a check that reports everything at once."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def test_a_good_file_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "directory.yaml"
     file.write_text(TEXT)
     assert main(["directory", "check", str(file)]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     own = "2 services (1 exported, 1 with split or failover), 4 endpoints"
     assert (
-        said.out
+        output.out
         == f"{file}: ok: {own}, east: 2 gateways, 2 services; north: 1 gateway, 1 service\n"
     )
-    assert not said.err
+    assert not output.err
 
 
-def test_all_mistakes_of_all_files_are_told_and_the_good_ones_too(
+def test_all_errors_and_all_good_files_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in (("good", "services: []"), ("wrong", WRONG), ("round", SPLITS)):
         (tmp_path / name).write_text(text)
     files = [str(tmp_path / name) for name in ("good", "wrong", "round", "missing")]
     assert main(["directory", "check", *files]) == 1
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        said.out
+        output.out
         == f"{files[0]}: ok: 0 services (0 exported, 0 with split or failover), 0 endpoints, no"
         " other cluster\n"
     )
-    lines = said.err.splitlines()
+    lines = output.err.splitlines()
     assert len([line for line in lines if line.startswith(f"{files[1]}: ")]) > 25
     assert (
         f"{files[2]}: services[0]: its requests would go in a cycle: default/a -> default/b ->"
@@ -65,7 +65,7 @@ def test_the_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     } == set(schema["properties"])
 
 
-def test_a_reader_that_has_read_enough_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     """`isthmus directory schema | head`"""
     command = [sys.executable, "-m", "proxy.cli", "directory", "schema"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

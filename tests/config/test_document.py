@@ -1,5 +1,5 @@
 """Reading documents: YAML 1.2's core schema, no repeated keys, no anchors, aliases or tags, and
-every mistake with its place."""
+every mistake with its position."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: object) ->
         ("- 1\n---\n- 2", "line 2: a second document in the same file"),
     ],
 )
-def test_what_people_do_not_mean_is_a_mistake_with_path_and_line(text: str, mistake: str) -> None:
+def test_likely_mistakes_are_reported_with_path_and_line(text: str, mistake: str) -> None:
     with pytest.raises(DocumentError) as caught:
         load(text, "f")
     assert mistake in caught.value.mistakes
@@ -72,7 +72,7 @@ def test_mistakes_are_bounded_and_the_rest_is_counted() -> None:
     assert mistakes.found()[-1] == "and 7 more"
 
 
-# JSON writes what lies above U+FFFF as two escapes, which YAML does not join.
+# JSON writes characters above U+FFFF as two escapes, which YAML does not join.
 _TEXT = st.text(st.characters(max_codepoint=0xD7FF), max_size=20)
 _PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**64), 2**64) | _TEXT,

@@ -192,7 +192,7 @@ def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None
     assert found.directory.file == Path("/d.yaml")
 
 
-def test_the_downward_api_fills_what_the_file_leaves_open(tmp_path: Path) -> None:
+def test_the_downward_api_fills_missing_settings(tmp_path: Path) -> None:
     environ = {
         "POD_NAME": "web-1",
         "POD_NAMESPACE": "shop",
@@ -334,12 +334,12 @@ def test_identity_is_required_for_all_or_some_ports(
 @pytest.mark.parametrize(
     "written", ["[0]", "{a: true}", "{80: 1}", "x", "3", "{80: true, default: maybe}"]
 )
-def test_what_is_neither_a_switch_nor_ports_is_a_mistake(tmp_path: Path, written: str) -> None:
+def test_values_other_than_a_boolean_or_ports_are_a_mistake(tmp_path: Path, written: str) -> None:
     (mistake,) = mistakes(tmp_path, IDENTITY + f"inbound: {{require_identity: {written}}}")
     assert mistake.startswith("inbound.require_identity: ")
 
 
-def test_an_allow_list_lets_in_whom_it_names_and_asks_for_an_identity(tmp_path: Path) -> None:
+def test_an_allow_list_admits_the_named_identities_and_requires_an_identity(tmp_path: Path) -> None:
     text = IDENTITY + "inbound: {allow: {80: ['spiffe://t/ns/a/sa/b', 'spiffe://t/ns/c/*']}}"
     inbound = config(tmp_path, text).inbound
     assert inbound.allows(80, "spiffe://t/ns/a/sa/b")
@@ -385,7 +385,7 @@ def test_a_slip_in_a_variable_is_a_mistake_and_a_variable_of_kubernetes_is_not(
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "a: [", "log: {level: debug, level: info}"])
-def test_a_file_that_is_no_configuration_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_an_error(tmp_path: Path, text: str) -> None:
     assert len(mistakes(tmp_path, text)) == 1
 
 
@@ -398,7 +398,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
-def test_what_is_no_regular_file_is_an_error_and_nobody_waits_for_it(
+def test_a_file_that_is_not_regular_is_an_error_and_does_not_block(
     tmp_path: Path, put: Callable[[Path], None]
 ) -> None:
     put(tmp_path / "isthmus.yaml")
@@ -413,7 +413,7 @@ def test_a_file_that_is_too_large_is_an_error(tmp_path: Path) -> None:
 
 
 def test_variables_that_are_not_utf8_are_mistakes(tmp_path: Path) -> None:
-    """So they come from the system: each byte that is not UTF-8 is half of a surrogate pair."""
+    """The system gives them like this: each byte that is not UTF-8 is half of a surrogate pair."""
     environ = {
         "ISTHMUS_CLUSTER": "\udcff",
         "ISTHMUS_LOG__LEVEL": "loud",
@@ -432,7 +432,7 @@ def test_variables_that_are_not_utf8_are_mistakes(tmp_path: Path) -> None:
         load(None, {"ISTHMUS_CONFIG": "\udcff.yaml"})
 
 
-def test_text_that_is_not_unicode_is_no_document() -> None:
+def test_text_that_is_not_unicode_is_not_a_document() -> None:
     with pytest.raises(DocumentError, match="x: not Unicode text at character 3"):
         load_document("a: \ud800", "x")
 
@@ -503,8 +503,8 @@ def blocks(marker: str) -> list[str]:
     return re.findall(rf"```yaml\n(# {marker}.*?)```", DOCUMENT.read_text(), re.DOTALL)
 
 
-def test_the_documentation_says_what_the_code_does() -> None:
-    """To mend: put what `tables(Config)` returns between the two marks."""
+def test_the_documentation_agrees_with_the_code() -> None:
+    """To fix it: put what `tables(Config)` returns between the two marks."""
     text = DOCUMENT.read_text()
     written = text.split("<!-- settings -->\n")[1].split("<!-- /settings -->")[0]
     assert written.strip() == tables(Config).strip()

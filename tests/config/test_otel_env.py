@@ -27,7 +27,7 @@ def tracing(
     return load(path, environ or {}).tracing
 
 
-def test_tracing_is_off_unless_somebody_says_where_spans_go() -> None:
+def test_tracing_is_off_without_an_endpoint() -> None:
     assert tracing().exports == "none"
     assert build(load(None, {}), Metrics(), {}) is OFF
 
@@ -151,7 +151,7 @@ def test_the_file_counts_before_them_and_our_own_variables_before_the_file(tmp_p
         {"OTEL_RESOURCE_ATTRIBUTES": "nonsense"},
     ],
 )
-def test_what_cannot_be_used_is_a_warning_and_the_proxy_starts(
+def test_unusable_values_are_a_warning_and_the_proxy_starts(
     environ: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "isthmus.config"):
@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_a_warning_and_the_proxy_starts(
     assert any(next(iter(environ)).removesuffix("_ARG") in message for message in caplog.messages)
 
 
-def test_a_variable_that_is_no_text_is_ignored() -> None:
+def test_a_variable_that_is_not_text_is_ignored() -> None:
     assert tracing({"OTEL_SERVICE_NAME": "\udcff", "OTEL_BSP_MAX_QUEUE_SIZE": "7"}).queue == 7
 
 
@@ -190,7 +190,7 @@ def test_an_exporter_that_is_not_installed_is_an_error_of_the_start() -> None:
         build(load(None, {"OTEL_TRACES_EXPORTER": "jaeger"}), Metrics(), {})
 
 
-def test_what_is_built_has_a_ratio_for_each_flow() -> None:
+def test_each_flow_has_its_own_sampling_ratio() -> None:
     config = load(
         None,
         {"ISTHMUS_TRACING__ENDPOINT": "http://127.0.0.1:9", "ISTHMUS_TRACING__GATEWAY_RATIO": "1"},

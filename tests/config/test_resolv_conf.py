@@ -1,4 +1,4 @@
-"""Whom the pod asks: resolv.conf as the C library reads it, and the settings that stand above
+"""The resolvers of the pod: resolv.conf as the C library reads it, and the settings that override
 it."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ options ndots:5
 """
 
 
-def test_what_kubernetes_writes_is_understood() -> None:
+def test_the_file_of_kubernetes_is_understood() -> None:
     found = parse(KUBERNETES)
     assert found.upstreams == (Address("10.96.0.10", 53),)
     assert found.search == (
@@ -58,7 +58,8 @@ def test_at_most_three_resolvers_count_each_once_and_the_last_search() -> None:
 def test_each_resolver_has_a_port_of_its_own_in_its_own_family() -> None:
     upstreams = (Address("10.0.0.1", 53), Address("fd00::1", 53), Address("10.0.0.2", 53))
     ways = [
-        (str(ours), str(theirs)) for ours, theirs in Resolvers(upstreams, ()).ways_in(DnsConfig())
+        (str(ours), str(theirs))
+        for ours, theirs in Resolvers(upstreams, ()).listen_addresses(DnsConfig())
     ]
     assert ways == [
         ("127.0.0.1:4153", "10.0.0.1:53"),
@@ -66,21 +67,21 @@ def test_each_resolver_has_a_port_of_its_own_in_its_own_family() -> None:
         ("127.0.0.1:4155", "10.0.0.2:53"),
     ]
     only_ipv4 = DnsConfig(listen=(Address("127.0.0.1", 4153),))
-    assert len(list(Resolvers(upstreams, ()).ways_in(only_ipv4))) == 2
+    assert len(list(Resolvers(upstreams, ()).listen_addresses(only_ipv4))) == 2
 
 
-def test_settings_stand_above_the_file_and_the_file_fills_what_they_leave_open(
+def test_settings_override_the_file_and_the_file_fills_missing_settings(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text(KUBERNETES)
-    told = Resolvers.of(DnsConfig(upstreams=(Address("192.0.2.53", 5353),), resolv_conf=path))
-    assert told.upstreams == (Address("192.0.2.53", 5353),)
-    assert told.search[0] == "default.svc.cluster.local"
+    resolvers = Resolvers.of(DnsConfig(upstreams=(Address("192.0.2.53", 5353),), resolv_conf=path))
+    assert resolvers.upstreams == (Address("192.0.2.53", 5353),)
+    assert resolvers.search[0] == "default.svc.cluster.local"
     assert Resolvers.of(DnsConfig(resolv_conf=path)).upstreams == (Address("10.96.0.10", 53),)
 
 
-def test_without_any_resolver_it_is_said_what_to_set(tmp_path: Path) -> None:
+def test_without_any_resolver_the_error_names_the_setting(tmp_path: Path) -> None:
     path = tmp_path / "resolv.conf"
     with pytest.raises(ConfigError, match=r"resolv\.conf"):
         Resolvers.of(DnsConfig(resolv_conf=path))

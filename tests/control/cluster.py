@@ -45,7 +45,7 @@ def service(
     namespace: str = "shop",
     **more: Any,
 ) -> Json:
-    """With `spec` and `metadata` for what is left out here."""
+    """With `spec` and `metadata` for what is omitted here."""
     spec: Json = {
         "type": "ClusterIP",
         "ports": list(ports or (port(80, targetPort=8080),)),

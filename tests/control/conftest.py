@@ -21,7 +21,7 @@ AT = Access("api.test", 6443, None)
 
 @pytest.fixture
 def clock() -> Clock:
-    """Every test names it, or its time is the machine's."""
+    """Every test must request it. Otherwise its time is the machine's."""
     return MockClock(autojump_threshold=0)
 
 

@@ -28,8 +28,8 @@ def name_of(item: Json) -> tuple[Kind, Key]:
 
 
 def store(server: ApiServer, *items: Json) -> None:
-    """As the API server has them: versions and uids are its own, and references to pods have these
-    uids."""
+    """Stores objects as the API server does: it sets its own versions and uids, and references to
+    pods have these uids."""
     for item in items:
         of, key = name_of(item)
         data = {name: value for name, value in item.items() if name != "metadata"}
@@ -52,7 +52,7 @@ def store(server: ApiServer, *items: Json) -> None:
             "labels": meta.get("labels") or {},
             "annotations": meta.get("annotations") or {},
         }
-        server.store.objects[of][key] = current  # as it is, so that status is taken too
+        server.store.objects[of][key] = current  # unchanged, so that it accepts the status too
         server.store._store(of, key, {**made, "metadata": kept})
 
 

@@ -17,12 +17,12 @@ from control.kube.client import Selection
 from control.kube.errors import Refused
 from control.kube.leases import Election, LeaseRules
 from control.kube.objects import Lease, Meta, ObjectReference, Pod, ResourceAttributes, UserInfo
-from control.kube.recorder import Recorder, RecorderRules, Said
+from control.kube.recorder import EventContent, Recorder, RecorderRules
 from control.kube.reflector import Reflector
 from control.kube.resources import EVENTS, LEASES, PODS, SERVICES
 from control.kube.reviews import may, review_token, service_account
 from control.kube.watching import Bookmark, Change, Lines, event_of
-from tests.control.stage import CONFIG_MAPS, METADATA, ConfigMap, Stage, Told, follow
+from tests.control.stage import CONFIG_MAPS, METADATA, ConfigMap, Reports, Stage, follow
 
 # A real API server has config maps of its own in every namespace.
 OWN = "kube-root-ca.crt"
@@ -56,7 +56,7 @@ class Watching:
         return self._events.pop(0)
 
     async def named(self) -> tuple[str, str]:
-        """What has happened, and to whom."""
+        """The events, as (what happened, name of the object)."""
         event = await self.next()
         assert isinstance(event, Change)
         return (
@@ -145,12 +145,12 @@ async def test_a_status_is_patched_apart_from_the_rest(clock: object, stage: Sta
     assert found.metadata.resource_version != made.metadata.resource_version
 
 
-async def test_what_is_deleted_is_gone_and_only_the_one_that_was_meant(
+async def test_a_delete_removes_only_the_object_with_the_expected_uid(
     clock: object, stage: Stage
 ) -> None:
     first = await stage.config_map("one")
     await stage.client.delete(CONFIG_MAPS, first)
-    await stage.client.delete(CONFIG_MAPS, first)  # it is gone already
+    await stage.client.delete(CONFIG_MAPS, first)  # it has been removed already
     second = await stage.config_map("one")
     with pytest.raises(Refused) as refused:
         await stage.client.delete(CONFIG_MAPS, first)
@@ -170,7 +170,7 @@ def wanted(stage: Stage, **data: str) -> dict[str, object]:
     }
 
 
-async def test_apply_creates_and_changes_and_removes_what_is_left_out(
+async def test_apply_creates_changes_and_removes_omitted_fields(
     clock: object, stage: Stage
 ) -> None:
     made = await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1", b="2"), "isthmus")
@@ -181,7 +181,7 @@ async def test_apply_creates_and_changes_and_removes_what_is_left_out(
     assert again.metadata.resource_version == changed.metadata.resource_version
 
 
-async def test_apply_leaves_what_belongs_to_others(clock: object, stage: Stage) -> None:
+async def test_apply_keeps_fields_of_other_managers(clock: object, stage: Stage) -> None:
     await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1"), "isthmus")
     await stage.client.apply(CONFIG_MAPS, wanted(stage, b="2"), "another")
     assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, c="3"), "isthmus")).data == {
@@ -190,7 +190,7 @@ async def test_apply_leaves_what_belongs_to_others(clock: object, stage: Stage) 
     }
 
 
-async def test_apply_takes_what_belongs_to_others_only_by_force(
+async def test_apply_takes_fields_of_other_managers_only_by_force(
     clock: object, stage: Stage
 ) -> None:
     await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1"), "another")
@@ -252,9 +252,7 @@ async def test_a_field_that_cannot_be_selected_by_is_a_400(clock: object, stage:
     assert refused.value.code == 400
 
 
-async def test_a_version_from_the_future_is_told_from_other_faults(
-    clock: object, stage: Stage
-) -> None:
+async def test_a_version_from_the_future_has_its_own_error(clock: object, stage: Stage) -> None:
     future = str(int(await version(stage)) + 1_000_000)
     query = {"resourceVersion": future, "resourceVersionMatch": "NotOlderThan"}
     with pytest.raises(Refused) as refused:
@@ -267,7 +265,7 @@ async def test_a_version_from_the_future_is_told_from_other_faults(
 # Watches...
 
 
-async def test_a_watch_tells_what_has_happened_since_a_version_in_order(
+async def test_a_watch_reports_what_has_happened_since_a_version_in_order(
     clock: object, stage: Stage
 ) -> None:
     since = await version(stage)
@@ -299,7 +297,7 @@ async def test_a_label_that_changes_makes_an_object_come_and_go(
         assert await watch.named() == ("gone", "one")
 
 
-async def test_a_list_as_a_stream_ends_with_a_bookmark_and_goes_on_as_a_watch(
+async def test_a_streaming_list_ends_with_a_bookmark_and_continues_as_a_watch(
     clock: object, stage: Stage
 ) -> None:
     await stage.config_map("one", {"of": "ours"})
@@ -366,24 +364,24 @@ async def test_a_reflector_follows(
 ) -> None:
     one = await stage.config_map("one", a="1")
     await stage.config_map("two", a="1")
-    told: Told[dict[str, str]] = Told()
-    reflector = follow(stage, told)
+    reports: Reports[dict[str, str]] = Reports()
+    reflector = follow(stage, reports)
     reflector._streaming = streaming
     nursery.start_soon(reflector.run)
     with trio.fail_after(30):
         await reflector.synced.wait()
-    assert {name for _, name in told.now} - {OWN} == {"one", "two"}
+    assert {name for _, name in reports.now} - {OWN} == {"one", "two"}
     await stage.client.patch(CONFIG_MAPS, one, {"data": {"a": "2"}})
-    await told.until(lambda now: now.get((stage.namespace, "one")) == {"a": "2"})
+    await reports.until(lambda now: now.get((stage.namespace, "one")) == {"a": "2"})
     await stage.client.delete(CONFIG_MAPS, one)
-    await told.until(lambda now: (stage.namespace, "one") not in now)
+    await reports.until(lambda now: (stage.namespace, "one") not in now)
     three = await stage.config_map("three", a="3")
-    await told.until(lambda now: (stage.namespace, "three") in now)
-    # A change of what is not kept is not told; the change after it is.
+    await reports.until(lambda now: (stage.namespace, "three") in now)
+    # A change of fields that are not kept is not reported. The change after it is.
     await stage.client.patch(CONFIG_MAPS, three, {"metadata": {"annotations": {"some": "thing"}}})
     await stage.client.patch(CONFIG_MAPS, three, {"data": {"a": "4"}})
-    await told.until(lambda now: now.get((stage.namespace, "three")) == {"a": "4"})
-    assert [item for key, item in told.log if key[1] == "three"] == [{"a": "3"}, {"a": "4"}]
+    await reports.until(lambda now: now.get((stage.namespace, "three")) == {"a": "4"})
+    assert [item for key, item in reports.log if key[1] == "three"] == [{"a": "3"}, {"a": "4"}]
     assert reflector.counts.lists == 1
     assert reflector.counts.failures == 0
 
@@ -391,14 +389,14 @@ async def test_a_reflector_follows(
 async def test_a_reflector_reads_pages(clock: object, stage: Stage, nursery: trio.Nursery) -> None:
     for number in range(7):
         await stage.config_map(f"m{number}")
-    told: Told[dict[str, str]] = Told()
-    reflector = follow(stage, told)
+    reports: Reports[dict[str, str]] = Reports()
+    reflector = follow(stage, reports)
     reflector._streaming = False
     reflector.rules = type(reflector.rules)(page_size=3)
     nursery.start_soon(reflector.run)
     with trio.fail_after(30):
         await reflector.synced.wait()
-    assert sorted(name for _, name in told.now if name != OWN) == [
+    assert sorted(name for _, name in reports.now if name != OWN) == [
         f"m{number}" for number in range(7)
     ]
 
@@ -443,7 +441,7 @@ async def test_one_leads_and_the_next_one_does_when_it_stops(clock: object, stag
     assert lease.spec.lease_transitions is not None
 
 
-async def test_a_lease_keeps_what_others_have_written_to_it(clock: object, stage: Stage) -> None:
+async def test_a_lease_keeps_fields_of_other_writers(clock: object, stage: Stage) -> None:
     election = Election(stage.client, (stage.namespace, "leader"), "a", QUICK)
 
     async def lead() -> None:
@@ -471,11 +469,11 @@ async def test_an_event_is_written_once_with_a_count(
     )
     service = await stage.service("web")
     about = ObjectReference("Service", stage.namespace, "web", service.metadata.uid, "v1")
-    said = Said(about, "Refused", "an endpoint is not used", "Discover", warning=True)
+    event = EventContent(about, "Refused", "an endpoint is not used", "Discover", warning=True)
     nursery.start_soon(recorder.run)
     for _ in range(3):
-        recorder.say(said)
-    counts: Told[int] = Told()
+        recorder.record(event)
+    counts: Reports[int] = Reports()
     reflector = Reflector(
         stage.client,
         EVENTS,
@@ -485,13 +483,13 @@ async def test_an_event_is_written_once_with_a_count(
     )
     nursery.start_soon(reflector.run)
     await counts.until(lambda now: list(now.values()) == [3])
-    recorder.say(said)
+    recorder.record(event)
     await counts.until(lambda now: list(now.values()) == [4])
     found = (await stage.client.page(EVENTS, stage.here, {})).items or []
     assert len(found) == 1
     assert (found[0].type, found[0].note, found[0].reporting_controller) == (
         "Warning",
-        said.note,
+        event.note,
         "isthmus.dev/test",
     )
     assert found[0].regarding is not None
@@ -508,7 +506,7 @@ async def test_a_token_is_good_for_its_audience_only(clock: object, stage: Stage
     assert await review_token(stage.client, token.swapcase(), "isthmus") is None
 
 
-async def test_a_right_is_asked_for(clock: object, stage: Stage) -> None:
+async def test_a_permission_can_be_queried(clock: object, stage: Stage) -> None:
     await stage.grant("jane")
     jane = UserInfo("jane")
     assert await may(
@@ -524,8 +522,8 @@ async def test_a_right_is_asked_for(clock: object, stage: Stage) -> None:
     )
 
 
-async def test_pods_are_read_with_what_is_needed(clock: object, stage: Stage) -> None:
-    """A pod is made for no node, so it never starts; its status is written by hand."""
+async def test_pods_are_read_with_the_required_fields(clock: object, stage: Stage) -> None:
+    """The pod has no node, so it never starts. The test writes its status."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",

@@ -1,7 +1,6 @@
 """What tests of the client need of an API server, in memory or real.
 
-A stage has a namespace that the test may fill. `Told` keeps what a reflector reports.
-"""
+A stage has a namespace that the test may fill. `Reports` keeps what a reflector reports."""
 
 from __future__ import annotations
 
@@ -98,8 +97,8 @@ class FakeStage(Stage):
         self.server.behaviour.allowed = allowed
 
 
-class Told(Generic[T]):
-    """What a reflector tells, and what comes of it."""
+class Reports(Generic[T]):
+    """The reports of a reflector, and the current state by them."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Key, T | None]] = []
@@ -116,7 +115,7 @@ class Told(Generic[T]):
         self._more = trio.Event()
 
     async def until(self, done: Callable[[dict[Key, T]], bool]) -> None:
-        """Wait until what was told is as `done` wants it."""
+        """Wait until `done` is true for the current state."""
         with trio.fail_after(1000):
             while not done(self.now):
                 await self._more.wait()
@@ -126,6 +125,6 @@ def data(item: ConfigMap) -> dict[str, str]:
     return item.data or {}
 
 
-def follow(stage: Stage, told: Told[dict[str, str]]) -> Reflector[ConfigMap, dict[str, str]]:
-    """A reflector of the namespace's config maps, of which it keeps the data."""
-    return Reflector(stage.client, CONFIG_MAPS, data, told, stage.here)
+def follow(stage: Stage, reports: Reports[dict[str, str]]) -> Reflector[ConfigMap, dict[str, str]]:
+    """A reflector of the namespace's config maps, which keeps their data."""
+    return Reflector(stage.client, CONFIG_MAPS, data, reports, stage.here)

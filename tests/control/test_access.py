@@ -1,6 +1,5 @@
-"""The API server's address and our credentials, in a pod and by kubeconfig. Unsafe settings are
-refused, and no message contains a secret.
-"""
+"""The API server's address and the client's credentials, in a pod and by kubeconfig. Unsafe
+settings are refused, and no message contains a secret."""
 
 from __future__ import annotations
 
@@ -136,7 +135,7 @@ def test_servers(authority: Authority, server: str, host: str, port: int, prefix
         ({"token": 7}, {}, "Expected `str`"),
     ],
 )
-def test_what_is_unsafe_or_wrong_is_refused_in_words(
+def test_what_is_unsafe_or_wrong_is_refused_with_a_message(
     authority: Authority, user: dict[str, Any], cluster: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AccessError, match=message) as error:
@@ -157,7 +156,7 @@ def test_contexts(authority: Authority) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"\xff\xfe", b"a: [", b"{" * 5000, b"x" * (2**20 + 1)]
 )
-def test_what_is_no_kubeconfig(text: bytes) -> None:
+def test_what_is_not_a_kubeconfig(text: bytes) -> None:
     with pytest.raises(AccessError, match="kubeconfig"):
         kubeconfig(text)
 
@@ -288,7 +287,7 @@ async def test_a_client_certificate_and_the_servers_name_are_verified(
         await stranger.page(SERVICES, Selection(), {}, attempts=1)
 
 
-async def test_a_kept_connection_that_the_server_has_closed_is_not_used_for_what_cannot_be_done_twice(
+async def test_a_kept_connection_that_the_server_has_closed_does_not_repeat_unsafe_requests(
     nursery: trio.Nursery, tmp_path: Path, authority: Authority
 ) -> None:
     server = ApiServer(nursery)
@@ -304,13 +303,13 @@ async def test_a_kept_connection_that_the_server_has_closed_is_not_used_for_what
         assert isinstance(kept._stream, trio.SSLStream)
         await trio.lowlevel.wait_readable(
             kept._stream.transport_stream.socket
-        )  # until the end has come
+        )  # until the end has arrived
     assert len(server.store.objects[KINDS["v1", "configmaps"]]) == 2
     assert len(stage.client._kept) == 1
     await stage.client.aclose()
 
 
-async def test_a_port_that_nobody_listens_on_is_unreachable() -> None:
+async def test_a_port_without_a_listener_is_unreachable() -> None:
     client = Client(Access("127.0.0.1", 1, None))
     with pytest.raises(Unreachable, match=r"cannot connect to 127\.0\.0\.1:1"):
         await client.page(SERVICES, Selection(), {}, attempts=1)

@@ -79,7 +79,7 @@ async def test_it_is_ready_when_all_is_known_and_live_before(
     assert await replica.ask("GET /live") == (200, "live\n")
     server.behaviour.forbidden.clear()
     assert await replica.until(200) == "ready\n"
-    # That the API server is away afterwards makes it no worse.
+    # Readiness stays when the API server is away afterwards.
     server.behaviour.down = True
     server.cut()
     assert await replica.ask() == (200, "ready\n")
@@ -91,7 +91,7 @@ async def test_other_questions(replica: Replica) -> None:
     assert await replica.ask("HEAD /live") == (200, "")
 
 
-async def test_a_client_that_is_none_holds_nobody_up(
+async def test_a_client_that_sends_nothing_delays_no_other(
     replica: Replica, nursery: trio.Nursery
 ) -> None:
     streams = [
@@ -122,8 +122,8 @@ async def test_the_page_of_the_control_plane_has_every_metric(
     server.behaviour.forbidden.clear()
     await replica.until(200)
     _, text = await replica.ask("GET /metrics")
-    said = set(re.findall(r"^# TYPE (isthmus_control_\w+) ", text, re.MULTILINE))
-    assert said == set(
+    rendered = set(re.findall(r"^# TYPE (isthmus_control_\w+) ", text, re.MULTILINE))
+    assert rendered == set(
         re.findall(r"^\| `(isthmus_control_\w+)` \|", PAGE.read_text("utf-8"), re.MULTILINE)
     )
     assert 'isthmus_control_objects{resource="pods"} 1.0' in text
@@ -148,7 +148,7 @@ async def test_a_signal_ends_it_and_gives_the_lease_back(
     assert all(listener.socket.fileno() == -1 for listener in replica.listeners)
 
 
-async def test_the_leader_tells_of_problems_and_others_do_not(
+async def test_only_the_leader_reports_problems(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
     trap = (
@@ -169,7 +169,7 @@ async def test_the_leader_tells_of_problems_and_others_do_not(
         "EndpointNotUsed",
     )
     assert "10.1.0.1 is the address of a pod of another namespace, shop" in event["note"]
-    # It is told once, and again when it is another one.
+    # It is reported once, and again when it changes.
     store(
         server,
         pod("b", "10.1.0.2"),
@@ -188,7 +188,7 @@ async def test_the_leader_tells_of_problems_and_others_do_not(
         (["--config", "/nowhere/control.yaml"], "No such file"),
     ],
 )
-def test_settings_that_cannot_be_used_are_told_in_one_line(
+def test_settings_that_cannot_be_used_are_reported_in_one_line(
     words: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

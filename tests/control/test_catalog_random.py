@@ -24,16 +24,16 @@ STEPS = st.lists(st.tuples(ITEMS, st.booleans(), st.booleans()), max_size=30)
 
 
 class Listener:
-    """What somebody knows who hears of changes only."""
+    """The state of a listener that only gets changes."""
 
     def __init__(self) -> None:
         self.services: dict[Key, Any] = {}
         self.pods: dict[str, Any] = {}
 
-    def hear(self, changes: Changes) -> None:
+    def apply(self, changes: Changes) -> None:
         for known, changed in ((self.services, changes.services), (self.pods, changes.pods)):
             for key, entry in changed.items():
-                assert known.get(key) != entry, "a change that is none"
+                assert known.get(key) != entry, "a change that changes nothing"
                 known[key] = entry  # type: ignore[index]
                 if entry is None:
                     del known[key]  # type: ignore[arg-type]
@@ -53,8 +53,8 @@ def test_the_order_of_events_does_not_matter(steps: list[tuple[Json, bool, bool]
             cluster.put(item)
             state[key] = item
         if flushed:
-            listener.hear(cluster.flush())
-    listener.hear(cluster.flush())
+            listener.apply(cluster.flush())
+    listener.apply(cluster.flush())
     fresh = Cluster().put(*state.values())
     fresh.flush()
     assert cluster.catalog.services == fresh.catalog.services == listener.services
@@ -65,8 +65,8 @@ def test_the_order_of_events_does_not_matter(steps: list[tuple[Json, bool, bool]
 
 
 def no_clear_text(cluster: Cluster, state: dict[tuple[str, str, str], Json]) -> None:
-    """No endpoint of any service is spoken to in clear text, if a meshed pod has its address, or a
-    service."""
+    """If a meshed pod has an address, or a service of one, no endpoint of any service has it in
+    clear text."""
     meshed = {
         address["ip"]
         for item in state.values()
@@ -83,5 +83,5 @@ def no_clear_text(cluster: Cluster, state: dict[tuple[str, str, str], Json]) -> 
                 assert holder is not None
                 assert not holder[
                     1
-                ].meshed  # the address has gone over to a newer pod, which is not
+                ].meshed  # the address now belongs to a newer pod, which is not meshed
             assert not cluster.catalog.is_cluster_address(found.address)

@@ -6,12 +6,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 from control.contract import SpiffeId
 from control.discovery.facts import pod_fact
@@ -38,6 +41,7 @@ from proxy.identity.issue import make_root
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, NetError
 from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.expiry import EARLY
 from proxy.net.tls.handshake import TLSStream
 from tests.control.cluster import pod
 from tests.kit.channel import CONTROL, DOMAIN, WEB, Workshop, service, until
@@ -60,7 +64,7 @@ async def running(nursery: trio.Nursery) -> Callable[[ControlSource], None]:
 
 
 async def messages(stream: TLSStream, count: int | None = None) -> list[FromControl]:
-    """The next `count` messages but pings; None: all until the connection ends."""
+    """The next `count` messages except pings; None: all until the connection ends."""
     frames = Frames(1 << 24)
     found: list[FromControl] = []
     with trio.fail_after(20):
@@ -87,6 +91,12 @@ def hosts(source: ControlSource, address: str) -> set[str] | None:
 # What proxies get...
 
 
+def former_identity(source: ControlSource, address: Address) -> str | None:
+    """The identity that `address` had until lately. None: it is not remembered."""
+    former = source.former.find(address, trio.current_time())
+    return former.identity if former is not None else None
+
+
 async def test_a_first_use_waits_for_the_answer_and_changes_follow(
     workshop: Workshop, running: Callable[[ControlSource], None]
 ) -> None:
@@ -106,13 +116,51 @@ async def test_a_first_use_waits_for_the_answer_and_changes_follow(
             await until(lambda: hosts(source, VIP) == {POD, "10.1.0.2"}, "the change")
             channel.changed(workshop.catalog.remove("web"))
             await until(lambda: hosts(source, VIP) is None, "the removal")
-        former = source.former.find(Address(VIP, 80), trio.current_time())
-        assert former is not None
-        assert former.identity == str(WEB)
+        assert former_identity(source, Address(VIP, 80)) == str(WEB)
         assert source.unanswered == 0
 
 
-async def test_names_are_learned_and_stay_while_requests_use_them(
+async def test_an_address_that_was_not_in_use_keeps_its_former_identity(
+    workshop: Workshop, running: Callable[[ControlSource], None]
+) -> None:
+    async with workshop.control() as (channel, port):
+        source = workshop.source(port, unused=0.1)
+        running(source)
+        with source.holding(Address(VIP, 80)):
+            await source.learn(Address(VIP, 80))
+            assert hosts(source, VIP) == {POD}
+        await until(lambda: not source.subscriptions.entries, "nothing is followed any more")
+        channel.changed(workshop.catalog.remove("web"))
+        for address in (Address(VIP, 80), Address(POD, 8080)):
+            with source.holding(address):
+                await source.learn(address)
+                assert source.current.known(address) is None
+                assert former_identity(source, address) == str(WEB)
+
+
+async def test_an_endpoint_that_loses_its_identity_gets_no_clear_text(
+    workshop: Workshop, running: Callable[[ControlSource], None]
+) -> None:
+    async with workshop.control() as (channel, port):
+        source = workshop.source(port)
+        running(source)
+        with source.holding(Address(VIP, 80)):
+            await source.learn(Address(VIP, 80))
+            entry = service("web", VIP, [POD])
+            plain = tuple(replace(end, identity=None) for end in entry.endpoints)
+            channel.changed(workshop.catalog.put(replace(entry, endpoints=plain)))
+
+            def identity() -> object:
+                target = source.current.known(Address(VIP, 80))
+                assert target is not None
+                return target.endpoints[0].identity
+
+            await until(lambda: identity() is None, "the loss")
+            assert former_identity(source, Address(POD, 8080)) == str(WEB)
+            assert source.former.losses == {"service": 0, "endpoint": 0, "identity": 1}
+
+
+async def test_names_are_subscribed_and_stay_while_requests_use_them(
     workshop: Workshop, running: Callable[[ControlSource], None]
 ) -> None:
     async with workshop.control() as (_, port):
@@ -130,7 +178,7 @@ async def test_names_are_learned_and_stay_while_requests_use_them(
         assert source.current.authority(b"nothing.shop", "shop", "10.9.9.9") is None
         assert source.current.authority(b"not.a.service.name", "shop", "10.9.9.9") is None
         assert set(source.subscriptions.entries) == {"s/shop/web", "s/shop/nothing"}
-        # One of them is used further, and the other one is forgotten.
+        # One of them stays in use, and the other one is removed.
         with trio.fail_after(20):
             while len(source.subscriptions.entries) > 1:
                 assert source.current.authority(b"web", "shop", "10.9.9.9") is not UNANSWERED
@@ -184,14 +232,14 @@ async def test_equal_views_are_computed_once_and_different_places_see_their_own(
         assert channel.views.computed == 3
 
 
-async def test_where_a_proxy_runs_is_what_the_cluster_knows_of_its_pod(workshop: Workshop) -> None:
+async def test_the_location_of_a_proxy_is_that_of_its_pod(workshop: Workshop) -> None:
     catalog = workshop.catalog
     fact = pod_fact(msgspec.convert(pod("web-0", "10.1.0.7"), Pod))
     catalog.pod(("shop", "web-0"), fact)
     catalog.node("node-1", "west")
     async with workshop.control() as (channel, _):
         for host, peer, claimed, found in (
-            ("10.1.0.7", WEB, "node-9", "node-1"),  # the pod's node, whatever it says
+            ("10.1.0.7", WEB, "node-9", "node-1"),  # the pod's node, whatever the proxy claims
             ("10.1.0.7", SpiffeId(DOMAIN, "shop", "db"), "node-9", "node-9"),  # another identity
             ("10.1.0.8", WEB, "node-9", "node-9"),  # not known yet
         ):
@@ -263,7 +311,7 @@ async def test_a_client_without_an_identity_of_the_trust_domain_gets_nothing(
 
 
 async def refused(connect: Callable[[], Awaitable[TLSStream]]) -> list[FromControl]:
-    """What a client gets that says Hello and asks for an entry."""
+    """What a client gets that sends Hello and asks for an entry."""
     try:
         stream = await connect()
         return await say_and_see(stream, HELLO + frame(Subscribe(((f"a/{VIP}", b""),))))
@@ -341,7 +389,7 @@ async def test_a_connection_ends_with_its_time_and_the_proxy_returns(
 
 
 async def answer_with(stream: TLSStream, *data: bytes) -> None:
-    """Welcome the proxy, wait for its subscription, and say this."""
+    """Welcome the proxy, wait for its subscription, and send this."""
     await stream.receive_some()
     await stream.send_all(frame(Welcome("r", DOMAIN, (), 100, 0.1)))
     while b"a/" not in await stream.receive_some():
@@ -365,7 +413,7 @@ async def answer_with(stream: TLSStream, *data: bytes) -> None:
         b"",  # and silence
     ],
 )
-async def test_whatever_a_control_plane_says_what_is_known_stays(
+async def test_the_last_good_directory_stays_whatever_a_control_plane_sends(
     workshop: Workshop, running: Callable[[ControlSource], None], data: bytes
 ) -> None:
     async with workshop.control() as (_, port):
@@ -397,10 +445,10 @@ async def test_whatever_a_control_plane_says_what_is_known_stays(
 async def test_a_server_with_another_identity_is_not_believed(
     workshop: Workshop, running: Callable[[ControlSource], None]
 ) -> None:
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def serve(stream: TLSStream) -> None:
-        heard.append(await stream.receive_some())
+        received.append(await stream.receive_some())
 
     async with workshop.impostor(serve, WEB) as port:
         source = workshop.source(port, first_use_timeout=0.3)
@@ -410,8 +458,60 @@ async def test_a_server_with_another_identity_is_not_believed(
             assert source.current.known(Address(VIP, 80)) is UNANSWERED
         await until(lambda: source.connects["tls"] >= 2, "attempts")
         assert f"{CONTROL} was expected" in (source.not_ready() or "")
-        assert heard == []
+        assert received == []
         assert source.unanswered == 1
+
+
+@pytest.mark.parametrize("end", ["expiry", "root"])
+async def test_the_connection_ends_with_the_control_planes_certificate(
+    workshop: Workshop, running: Callable[[ControlSource], None], end: str
+) -> None:
+    """The server keeps it open: a stolen key must not keep a connection."""
+    heard: list[bytes] = []
+
+    async def serve(stream: TLSStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(frame(Welcome("r", DOMAIN, (), 100, 100.0)))
+        with suppress(NetError):
+            while data := await stream.receive_some():
+                heard.append(data)
+
+    expiries = workshop.expiries
+    async with workshop.impostor(serve) as port:
+        source = workshop.source(port, min_pause=30.0, max_pause=30.0)
+        running(source)
+        await until(lambda: source.since is not None, "a connection")
+        assert len(expiries) == 1
+        (stream,) = [stream for known in expiries._minutes.values() for stream in known]
+        certificates_end = stream.info.peer_not_after
+        expiries.look()
+        assert stream.ended() == "open"
+        if end == "expiry":
+            expiries._clock = lambda: certificates_end
+        else:
+            expiries.untrust([make_root(DOMAIN).certificate])
+        expiries.look()
+        await until(lambda: source.since is None, "the end")
+        assert {
+            "expiry": "has expired",
+            "root": "the trust root of the peer's certificate was removed",
+        }[end] in source._why
+        assert source.connects == {"ok": 1}
+
+
+async def test_the_connection_ends_with_the_proxys_certificate(
+    workshop: Workshop, running: Callable[[ControlSource], None]
+) -> None:
+    async with workshop.control() as (_, port):
+        identity = workshop.identity(WEB, lifetime=timedelta(minutes=30))
+        source = workshop.source(port, identity=identity, min_pause=30.0, max_pause=30.0)
+        running(source)
+        await until(lambda: source.since is not None, "a connection")
+        end = identity.chain_end
+        workshop.expiries._clock = lambda: end - EARLY
+        workshop.expiries.look()
+        await until(lambda: source.since is None, "the end")
+        assert source._why == "the certificate with which this connection was opened has expired"
 
 
 async def test_without_a_connection_addresses_elsewhere_do_not_wait(
@@ -442,7 +542,7 @@ async def test_without_a_connection_addresses_elsewhere_do_not_wait(
         longest = min(8.0, 2.0**number)
         assert longest / 2 <= pause <= longest
     assert len(set(pauses)) == len(pauses)
-    # Unused entries are not forgotten meanwhile.
+    # Unused entries are not removed in between.
     await trio.sleep(1000)
     assert set(source.subscriptions.entries) == {f"a/{STRANGER}", f"a/{VIP}"}
     assert math.isclose(trio.current_time(), began + 1103.0)

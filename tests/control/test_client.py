@@ -38,7 +38,7 @@ async def test_connections_are_kept_and_bounded(
     assert server.connections == 0
 
 
-async def test_a_kept_connection_that_the_server_has_closed_is_no_failure(
+async def test_a_kept_connection_that_the_server_has_closed_is_not_a_failure(
     clock: Clock, stage: FakeStage, server: ApiServer
 ) -> None:
     await stage.config_map("one")
@@ -65,7 +65,7 @@ async def test_attempts_are_few(clock: Clock, stage: FakeStage, server: ApiServe
     assert len(server.log) == stage.client.limits.max_attempts
 
 
-async def test_what_may_have_been_done_is_not_done_again(
+async def test_requests_that_may_have_been_processed_are_not_retried(
     clock: Clock, stage: FakeStage, server: ApiServer
 ) -> None:
     server.faults.append(Fault())
@@ -77,7 +77,7 @@ async def test_what_may_have_been_done_is_not_done_again(
     assert len(server.log) == 2
 
 
-async def test_what_was_not_done_for_lack_of_room_is_tried_again_when_the_server_says(
+async def test_requests_refused_by_an_overloaded_server_are_retried_after_retry_after(
     clock: Clock, stage: FakeStage, server: ApiServer
 ) -> None:
     server.faults.append(refuse(429, retry_after=7))
@@ -89,7 +89,7 @@ async def test_what_was_not_done_for_lack_of_room_is_tried_again_when_the_server
     await stage.client.aclose()
     with pytest.raises(Refused) as refused:
         await stage.config_map("two")
-    assert refused.value.retry_after == 31  # the caller's business
+    assert refused.value.retry_after == 31  # the caller's responsibility
 
 
 async def test_a_server_that_does_not_answer(

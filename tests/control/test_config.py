@@ -23,7 +23,7 @@ from proxy.config.sources import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "control-plane.md"
-# The class that uses a section, the fields that are no settings of the section, and the reverse.
+# The class that uses a section, the fields that are not settings of the section, and the reverse.
 USERS = {
     "api": (Limits, set(), {"credentials_interval"}),
     "watch": (WatchRules, {"backoff"}, set()),
@@ -132,7 +132,7 @@ def test_settings_that_errors_name_exist() -> None:
     named = {
         setting
         for file in (ROOT / "control").rglob("*.py")
-        for setting in re.findall(rf"\((({sections})\.[a-z_]+)\)", file.read_text())
+        for setting in re.findall(rf" \((({sections})\.[a-z_]+)\)", file.read_text())
     }
     found = {setting for setting, _ in named}
     assert found <= names()
@@ -144,7 +144,7 @@ def reference() -> str:
 
 
 def test_the_documentation_lists_all_settings() -> None:
-    """To mend: put what `reference()` returns between the two marks."""
+    """To fix it: put what `reference()` returns between the two marks."""
     written = PAGE.read_text().split("<!-- settings -->\n")[1].split("<!-- /settings -->")[0]
     assert written.strip() == reference().strip()
     assert all(f"`{setting}`" in written for setting in names())

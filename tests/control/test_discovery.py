@@ -39,7 +39,7 @@ def remove(server: ApiServer, item: Json) -> None:
 
 
 def truth(server: ApiServer) -> Cluster:
-    """What a fresh list gives."""
+    """The state that a fresh list gives."""
     cluster = Cluster()
     for of in KIND_OF.values():
         for item in server.store.objects[of].values():
@@ -49,11 +49,11 @@ def truth(server: ApiServer) -> Cluster:
 
 
 class Stage:
-    """A discovery of a server's cluster, and what it has told."""
+    """A discovery of a server's cluster, and the changes that it has reported."""
 
     def __init__(self, server: ApiServer, rules: DiscoveryRules | None = None) -> None:
         self.server = server
-        self.told: list[Changes] = []
+        self.reports: list[Changes] = []
         self.when: list[float] = []
         self.client = Client(AT, dial=server.dial, chance=random.Random(1))
         self.discovery = Discovery(self.client, TRUST_DOMAIN, self._tell, rules)
@@ -61,7 +61,7 @@ class Stage:
             reflector.chance = random.Random(number)
 
     def _tell(self, changes: Changes) -> None:
-        self.told.append(changes)
+        self.reports.append(changes)
         self.when.append(trio.current_time())
 
     def assert_true(self) -> None:
@@ -70,7 +70,7 @@ class Stage:
         assert catalog.pods == fresh.pods
         assert catalog.problems == fresh.problems
         services: dict[Key, Any] = {}
-        for changes in self.told:
+        for changes in self.reports:
             services |= changes.services
         assert {
             key: entry for key, entry in services.items() if entry is not None
@@ -84,8 +84,8 @@ async def test_a_cluster_is_discovered(
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
     await stage.discovery.ready.wait()
-    assert len(stage.told) == 1
-    entry = stage.told[0].services["shop", "web"]
+    assert len(stage.reports) == 1
+    entry = stage.reports[0].services["shop", "web"]
     assert entry is not None
     assert [(found.address, found.identity, found.zone) for found in entry.endpoints] == [
         ("10.1.0.1", identity("web"), "west-1")
@@ -101,7 +101,7 @@ async def test_a_cluster_is_discovered(
 
 
 @pytest.mark.parametrize("missing", ["pods", "nodes", "services", "endpointslices"])
-async def test_nothing_is_told_before_all_lists_are_complete(
+async def test_nothing_is_reported_before_all_lists_are_complete(
     clock: Clock, server: ApiServer, nursery: trio.Nursery, missing: str
 ) -> None:
     store(server, *ONE)
@@ -110,13 +110,13 @@ async def test_nothing_is_told_before_all_lists_are_complete(
     nursery.start_soon(stage.discovery.run)
     await trio.sleep(600)
     assert not stage.discovery.ready.is_set()
-    assert stage.told == []
+    assert stage.reports == []
     server.behaviour.forbidden.clear()
     await stage.discovery.ready.wait()
     stage.assert_true()
 
 
-async def test_a_change_is_told_after_a_moment_and_many_together(
+async def test_changes_are_reported_together_after_a_delay(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
     store(server, *ONE)
@@ -129,12 +129,12 @@ async def test_a_change_is_told_after_a_moment_and_many_together(
         store(server, pod(f"p{number}", f"10.2.0.{number}"))
         await trio.sleep(0.01)
     await trio.sleep(1)
-    assert len(stage.told) - 1 in (2, 3)  # a second of events
+    assert len(stage.reports) - 1 in (2, 3)  # a second of events
     assert stage.when[1] - began == pytest.approx(0.5, abs=0.06)
     stage.assert_true()
 
 
-async def test_an_api_server_that_is_away_takes_nothing_back(
+async def test_an_unreachable_api_server_removes_nothing(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
     store(server, *ONE)
@@ -144,12 +144,12 @@ async def test_an_api_server_that_is_away_takes_nothing_back(
     server.behaviour.down = True
     server.cut()
     await trio.sleep(600)
-    assert len(stage.told) == 1
+    assert len(stage.reports) == 1
     remove(server, ONE[2])
     server.behaviour.down = False
     server.store.compact()
     await trio.sleep(120)
-    assert len(stage.told) == 2
+    assert len(stage.reports) == 2
     stage.assert_true()
 
 
@@ -168,7 +168,7 @@ async def test_metadata_alone_makes_no_change(
             )
     await trio.sleep(10)
     assert sum(reflector.counts.events for reflector in stage.discovery.reflectors) == 4
-    assert len(stage.told) == 1
+    assert len(stage.reports) == 1
 
 
 async def test_pods_that_have_ended_are_left_out_by_the_server(
@@ -187,7 +187,7 @@ async def test_pods_that_have_ended_are_left_out_by_the_server(
     stage.assert_true()
 
 
-def test_a_trust_domain_that_is_none_is_refused_at_once() -> None:
+def test_an_invalid_trust_domain_is_refused_at_once() -> None:
     with pytest.raises(SpiffeIdError):
         Discovery(Client(AT), "Not_A/Domain", lambda _: None)
 
@@ -245,7 +245,7 @@ async def play(steps: list[tuple[str, Any]]) -> None:
 
 @settings(max_examples=40)
 @given(STEPS)
-def test_whatever_happens_in_the_end_it_is_what_a_fresh_list_gives(
+def test_the_final_state_is_that_of_a_fresh_list(
     steps: list[tuple[str, Any]],
 ) -> None:
     trio.run(play, steps, clock=MockClock(autojump_threshold=0))

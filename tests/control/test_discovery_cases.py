@@ -90,7 +90,7 @@ def test_a_stateful_sets_pods_have_their_names() -> None:
         "db-0": "10.1.0.1",
         "db-1": "10.1.0.2",
     }
-    # The same name with another address, after it was started anew.
+    # The same name with another address, after a restart.
     new = pod("db-0", "10.1.0.9")
     new["metadata"]["uid"] = "uid-new"
     moved = endpoint("10.1.0.9", "db-0", hostname="db-0")
@@ -144,7 +144,7 @@ def test_a_slice_port_without_a_number_is_the_port_that_is_dialled() -> None:
     assert cluster.endpoints()["10.1.0.1"].ports == ((80, 80),)
 
 
-def test_an_endpoint_that_has_not_all_ports_is_none_of_the_others() -> None:
+def test_an_endpoint_without_a_port_is_not_an_endpoint_of_that_port() -> None:
     cluster = Cluster().put(
         service("web", "10.96.0.1", port(80, "http"), port(9090, "metrics")),
         slice_of("web", endpoint("10.1.0.1", "a"), name="web-1", ports=[port(8080, "http")]),
@@ -240,7 +240,7 @@ def test_terminating_endpoints_serve_if_no_other_one_does(
     assert all(found.identity == identity("web") for found in target.endpoints)
 
 
-def test_families_are_ready_apart() -> None:
+def test_each_ip_family_is_ready_by_itself() -> None:
     cluster = Cluster().put(
         service(),
         slice_of("web", endpoint("10.1.0.1", "a", conditions=DRAINING), name="web-4"),
@@ -255,8 +255,8 @@ def test_families_are_ready_apart() -> None:
 
 
 def hinted(*hints: Json | None, **more: Any) -> Cluster:
-    """A service of pods of 10.1.0.1 and so on, on node-1 and so on, in the zones a and b by turns,
-    with these hints."""
+    """A service of pods 10.1.0.1, 10.1.0.2 and so on, on node-1, node-2 and so on, alternately in
+    zones a and b, with these hints."""
     cluster = Cluster().put(service(**more))
     given = [{"hints": hint} if hint is not None else {} for hint in hints]
     places = [{"nodeName": f"node-{n + 1}", "zone": "ab"[n % 2]} for n in range(len(hints))]
@@ -325,7 +325,7 @@ def test_a_service_of_local_traffic_is_served_on_the_own_node_only() -> None:
     assert seen(cluster) == {1, 2}
 
 
-def test_local_traffic_falls_back_to_what_is_terminating_on_the_own_node() -> None:
+def test_local_traffic_falls_back_to_terminating_endpoints_on_the_own_node() -> None:
     cluster = Cluster().put(
         service(internalTrafficPolicy="Local"),
         slice_of(
@@ -365,7 +365,7 @@ def test_a_zone_that_a_slice_does_not_say_is_that_of_the_node() -> None:
 # Services without pods...
 
 
-def test_a_service_without_a_selector_is_spoken_to_in_clear_text() -> None:
+def test_a_service_without_a_selector_gets_clear_text() -> None:
     cluster = Cluster().put(
         service("mail", "10.96.0.2", port(25, appProtocol="tcp"), selector=None),
         slice_of("mail", endpoint("192.168.7.20"), ports=[port(2525)]),
@@ -443,7 +443,7 @@ def test_names_addresses_are_no_endpoints() -> None:
         "::ffff:127.0.0.1",
     ],
 )
-def test_an_address_that_is_not_that_of_one_place_is_no_endpoint(address: str) -> None:
+def test_an_address_that_is_not_unicast_is_not_an_endpoint(address: str) -> None:
     cluster = Cluster().put(service(), slice_of("web", endpoint(address), endpoint("192.0.2.1")))
     assert list(cluster.endpoints()) == ["192.0.2.1"]
     assert "is not a usable unicast address" in cluster.problems()[0]
@@ -489,7 +489,7 @@ def test_opaque_ports_are_those_that_clients_connect_to() -> None:
     assert [found.protocol for found in entry.ports] == [Hint.OPAQUE, Hint.OPAQUE, Hint.DETECT]
 
 
-def test_opaque_ports_that_cannot_be_read_are_told_and_hint_at_nothing() -> None:
+def test_opaque_ports_that_cannot_be_parsed_are_reported_and_ignored() -> None:
     cluster = Cluster().put(
         service(metadata={"annotations": {"isthmus.dev/opaque-ports": "80-70"}})
     )
@@ -570,7 +570,7 @@ def test_a_pods_address_that_is_used_again_is_the_new_pods() -> None:
     new = pod(
         "new", "10.1.0.1", account="other", metadata={"creationTimestamp": "2026-01-01T00:00:05Z"}
     )
-    cluster.put(new)  # while the old one is being deleted, and its slice is a moment behind
+    cluster.put(new)  # while the old one is being deleted, and its slice is not updated yet
     assert cluster.endpoints() == {}
     assert cluster.catalog.pods["10.1.0.1"].identity == identity("other")
     cluster.remove(pod("old", "10.1.0.1"))
@@ -594,13 +594,13 @@ def test_a_pod_that_has_ended_has_no_address() -> None:
 def test_an_endpoint_waits_for_its_pod() -> None:
     cluster = Cluster().put(service(), slice_of("web", endpoint("10.1.0.1", "a")))
     assert cluster.endpoints() == {}
-    assert cluster.problems() == ()  # that is nothing to tell people
+    assert cluster.problems() == ()  # that is not worth a report
     starting = pod("a")
     assert cluster.put(starting).endpoints() == {}
     assert cluster.put(pod("a", "10.1.0.1")).endpoints()["10.1.0.1"].identity == identity("web")
 
 
-def test_what_does_not_matter_is_no_change() -> None:
+def test_an_irrelevant_update_is_not_a_change() -> None:
     cluster = Cluster().put(
         service(),
         slice_of("web", endpoint("10.1.0.1", "a")),
@@ -669,7 +669,7 @@ def test_a_list_of_ports_that_cannot_be_read_skips_none(text: str) -> None:
 @pytest.mark.parametrize(
     ("mark", "meshed"), [("true", True), ("yes", True), ("", True), ("false", False)]
 )
-def test_an_odd_mark_is_not_taken_for_clear_text(mark: str, meshed: bool) -> None:
+def test_an_unknown_mark_does_not_mean_clear_text(mark: str, meshed: bool) -> None:
     marked = pod("a", "10.1.0.1")
     marked["metadata"]["labels"] = {"isthmus.dev/meshed": mark}
     assert ("10.1.0.1" in Cluster().put(marked).flush().pods) is meshed

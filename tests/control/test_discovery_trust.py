@@ -66,7 +66,7 @@ POINTERS = {
 
 @pytest.mark.parametrize("meshed", [True, False])
 @pytest.mark.parametrize("what", POINTERS)
-def test_a_slice_that_points_at_somebody_elses_pod_has_no_endpoint(what: str, meshed: bool) -> None:
+def test_a_slice_that_refers_to_a_foreign_pod_has_no_endpoint(what: str, meshed: bool) -> None:
     cluster = mesh(meshed=meshed)
     before = cluster.directory()
     cluster.put(*evil(POINTERS[what]))
@@ -76,7 +76,7 @@ def test_a_slice_that_points_at_somebody_elses_pod_has_no_endpoint(what: str, me
 
 
 def same_for_others(before: Directory, after: Directory) -> None:
-    """Nothing that the tenant has not is different."""
+    """Everything that the tenant does not own is unchanged."""
     for address in (
         Address("10.96.0.1", 80),
         *(Address(VICTIM, number) for number in (8080, 9999, 4191)),
@@ -84,7 +84,7 @@ def same_for_others(before: Directory, after: Directory) -> None:
         assert after.resolve(address) == before.resolve(address)
 
 
-def test_people_are_told_why() -> None:
+def test_the_reason_is_reported() -> None:
     cluster = mesh().put(*evil(endpoint(VICTIM)))
     assert cluster.problems(("evil", "trap")) == (
         f"{VICTIM} is the address of a pod of another namespace, shop",
@@ -130,18 +130,18 @@ def test_an_address_that_becomes_a_pods_is_the_pods() -> None:
     cluster = Cluster().put(*evil(endpoint(VICTIM)))
     assert cluster.directory().resolve(TRAP).endpoints == (
         Endpoint(Address(VICTIM, 8080)),
-    )  # nobody's so far
+    )  # no owner so far
     cluster.put(pod("a", VICTIM))
     assert cluster.directory().resolve(TRAP).endpoints == ()
     assert (
         cluster.directory().known(Address(VICTIM, 8080)) is None
-    )  # the document has endpoints only,
-    assert cluster.catalog.pods[VICTIM].identity == identity("web")  # the channel all pods
+    )  # the document has only endpoints,
+    assert cluster.catalog.pods[VICTIM].identity == identity("web")  # and the channel all pods
 
 
 def test_an_address_outside_of_the_cluster_cannot_be_taken_from_a_service_that_has_it() -> None:
-    """Both ways: no clear text where there was an identity, and no other identity where there was
-    clear text."""
+    """In both directions: no clear text where there was an identity, and no other identity where
+    there was clear text."""
     gateway = {
         "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
     }
@@ -223,7 +223,7 @@ def test_whatever_a_tenant_writes_into_slices_the_victims_pods_are_out_of_reach(
     trap, part = evil(*endpoints)
     trap["metadata"]["annotations"] = annotations
     cluster.put(trap, part)
-    after = cluster.directory()  # is a directory: no contradiction breaks it for all
+    after = cluster.directory()  # is a directory: no contradiction makes it invalid for all
     for found in after.resolve(TRAP).endpoints:
         assert found.address.host in ("10.1.6.6", "203.0.113.7")
         if found.address.host == "10.1.6.6":

@@ -21,7 +21,8 @@ KEY = ("isthmus", "control")
 
 
 class Replicas:
-    """Replicas that take part, each with a way to the server of its own, and who has led when."""
+    """Replicas that take part, each with its own connection to the server, and who was the leader
+    when."""
 
     def __init__(self, server: ApiServer, nursery: trio.Nursery) -> None:
         self.server, self.nursery = server, nursery
@@ -81,7 +82,7 @@ async def test_a_leader_that_is_cut_off_stops_before_the_next_one_begins(
     assert replicas.leading == {"b"}
 
 
-async def test_nobody_leads_while_the_server_is_away_and_somebody_when_it_is_back(
+async def test_there_is_no_leader_while_the_server_is_away_and_one_when_it_is_back(
     clock: Clock, replicas: Replicas
 ) -> None:
     for name in ("a", "b"):
@@ -98,7 +99,7 @@ async def test_nobody_leads_while_the_server_is_away_and_somebody_when_it_is_bac
     assert len(replicas.log) == 3
 
 
-async def test_a_short_outage_is_no_change_of_the_leader(clock: Clock, replicas: Replicas) -> None:
+async def test_a_short_outage_does_not_change_the_leader(clock: Clock, replicas: Replicas) -> None:
     replicas.start("a")
     await trio.sleep(10)
     replicas.server.behaviour.down = True
@@ -133,9 +134,7 @@ async def test_a_leader_that_is_cancelled_gives_the_lease_back(
     assert (lease.spec.holder_identity, lease.spec.lease_transitions) == ("b", 1)
 
 
-async def test_a_lease_that_somebody_takes_is_not_ours_any_more(
-    clock: Clock, replicas: Replicas
-) -> None:
+async def test_a_lease_that_another_replica_takes_is_lost(clock: Clock, replicas: Replicas) -> None:
     replicas.start("a")
     await trio.sleep(10)
     replicas.server.store.update(
@@ -157,7 +156,7 @@ async def test_a_lease_that_is_deleted_is_made_again(clock: Clock, replicas: Rep
 
 
 @pytest.mark.parametrize("code", [403, 429, 500])
-async def test_a_server_that_refuses_is_asked_again_and_not_often(
+async def test_a_server_that_refuses_is_asked_again_at_a_low_rate(
     clock: Clock, replicas: Replicas, code: int
 ) -> None:
     replicas.server.faults.extend(refuse(code) for _ in range(10_000))
@@ -170,8 +169,10 @@ async def test_a_server_that_refuses_is_asked_again_and_not_often(
     assert replicas.leading == {"a"}
 
 
-async def test_the_one_with_the_same_name_goes_on_at_once(clock: Clock, replicas: Replicas) -> None:
-    """A container that was started anew, in the same pod."""
+async def test_a_replica_with_the_same_name_continues_at_once(
+    clock: Clock, replicas: Replicas
+) -> None:
+    """A container that was restarted in the same pod."""
     replicas.start("a")
     await trio.sleep(10)
     replicas.server.store.update(KIND, KEY, lambda item: item)

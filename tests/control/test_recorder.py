@@ -1,4 +1,4 @@
-"""Events under load: `say` never waits, memory and writes are limited, and dropped events are
+"""Events under load: `record` never waits, memory and writes are limited, and dropped events are
 counted.
 """
 
@@ -9,15 +9,15 @@ from trio.abc import Clock
 
 from control.kube.client import Client
 from control.kube.objects import ObjectReference
-from control.kube.recorder import Recorder, RecorderRules, Said
+from control.kube.recorder import EventContent, Recorder, RecorderRules
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS, Json
 
 KIND = KINDS["events.k8s.io/v1", "events"]
 
 
-def said(name: str = "web", reason: str = "Refused", note: str = "not used") -> Said:
-    return Said(
+def content(name: str = "web", reason: str = "Refused", note: str = "not used") -> EventContent:
+    return EventContent(
         ObjectReference("Service", "shop", name, f"uid-{name}", "v1"),
         reason,
         note,
@@ -36,7 +36,7 @@ async def test_writes_are_paced(
     recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(interval=0.2))
     nursery.start_soon(recorder.run)
     for number in range(100):
-        recorder.say(said(f"s{number}"))
+        recorder.record(content(f"s{number}"))
     await trio.sleep(5.05)
     assert len(events(server)) == 26
     await trio.sleep(60)
@@ -51,7 +51,7 @@ async def test_more_than_may_wait_is_dropped_and_counted(
         client, "isthmus.dev/control", "c-1", RecorderRules(max_queued=10, max_remembered=5)
     )
     for number in range(1000):
-        recorder.say(said(f"s{number}"))
+        recorder.record(content(f"s{number}"))
     nursery.start_soon(recorder.run)
     await trio.sleep(60)
     assert len(events(server)) == recorder.written == 5
@@ -67,7 +67,7 @@ async def test_the_same_again_is_a_count_once_in_a_while(
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     for _ in range(600):  # ten minutes
-        recorder.say(said())
+        recorder.record(content())
         await trio.sleep(1)
     assert len(events(server)) == 1
     assert len(server.log) <= 13
@@ -79,26 +79,26 @@ async def test_the_same_after_a_long_time_is_another_event(
 ) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
-    recorder.say(said())
+    recorder.record(content())
     await trio.sleep(1000)
-    recorder.say(said())
+    recorder.record(content())
     await trio.sleep(1)
     assert len(events(server)) == 2
 
 
-async def test_a_server_that_takes_no_events_is_no_trouble(
+async def test_a_server_that_refuses_events_does_no_harm(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
     server.behaviour.forbidden.add("events")
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     for _ in range(100):
-        recorder.say(said())
+        recorder.record(content())
         await trio.sleep(1)
     assert recorder.dropped > 0
     assert len(server.log) < 5
     server.behaviour.forbidden.clear()
-    recorder.say(said(note="another"))
+    recorder.record(content(note="another"))
     await trio.sleep(1)
     assert len(events(server)) == 1
 
@@ -108,22 +108,22 @@ async def test_an_event_that_was_deleted_is_written_again(
 ) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(repeat_interval=1.0))
     nursery.start_soon(recorder.run)
-    recorder.say(said())
+    recorder.record(content())
     await trio.sleep(2)
     for key in list(server.store.objects[KIND]):
         server.store.delete(KIND, key)
     for _ in range(3):
-        recorder.say(said())
+        recorder.record(content())
         await trio.sleep(2)
     assert len(events(server)) == 1
 
 
-async def test_words_are_cut_to_what_the_server_takes(
+async def test_messages_are_cut_to_the_limit_of_the_server(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "i" * 300)
     nursery.start_soon(recorder.run)
-    recorder.say(said("n" * 253, "R" * 300, "ä" * 2000))
+    recorder.record(content("n" * 253, "R" * 300, "ä" * 2000))
     await trio.sleep(1)
     (event,) = events(server)
     assert len(event["metadata"]["name"]) <= 253

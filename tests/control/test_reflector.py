@@ -16,19 +16,19 @@ from control.kube.resources import Key
 from lab.kube_api.server import ApiServer, Fault, refuse
 from lab.kube_api.store import KINDS
 from tests.control.conftest import AT
-from tests.control.stage import CONFIG_MAPS, ConfigMap, FakeStage, Told, data, follow
+from tests.control.stage import CONFIG_MAPS, ConfigMap, FakeStage, Reports, data, follow
 
 KIND = KINDS["v1", "configmaps"]
 TEXTS = {"one": {"a": "1"}, "two": {"a": "2"}}
 
 
 class Scene:
-    """A reflector that has read two config maps, and the server that it has them from."""
+    """A reflector that has read two config maps, and its server."""
 
     def __init__(self, stage: FakeStage, nursery: trio.Nursery) -> None:
         self.stage, self.server, self.nursery = stage, stage.server, nursery
-        self.told: Told[dict[str, str]] = Told()
-        self.reflector = follow(stage, self.told)
+        self.reports: Reports[dict[str, str]] = Reports()
+        self.reflector = follow(stage, self.reports)
 
     async def begin(self) -> None:
         for name, texts in TEXTS.items():
@@ -37,21 +37,21 @@ class Scene:
         await self.reflector.synced.wait()
         await trio.sleep(1)
         assert self.now() == TEXTS
-        self.told.log.clear()
+        self.reports.log.clear()
         self.server.log.clear()
 
     def now(self) -> dict[str, dict[str, str]]:
-        return {name: item for (_, name), item in self.told.now.items()}
+        return {name: item for (_, name), item in self.reports.now.items()}
 
     def change(self) -> None:
-        """Behind the reflector's back: `one` is deleted, `two` changed, `three` new."""
+        """Without an event for the reflector: `one` is deleted, `two` changed, `three` new."""
         store = self.server.store
         store.delete(KIND, ("default", "one"))
         store.update(KIND, ("default", "two"), lambda item: {**item, "data": {"a": "22"}})
         store.create(KIND, "default", {"metadata": {"name": "three"}, "data": {"a": "3"}})
 
     async def recovered(self) -> None:
-        await self.told.until(
+        await self.reports.until(
             lambda now: (
                 {name: item for (_, name), item in now.items()}
                 == {"two": {"a": "22"}, "three": {"a": "3"}}
@@ -84,13 +84,13 @@ async def test_after_a_410_the_list_is_made_anew_and_only_then_is_anything_delet
     await scene.recovered()
     assert scene.reflector.counts.relists == 1
     assert scene.reflector.counts.lists == 2
-    assert [key[1] for key, item in scene.told.log if item is None] == ["one"]
+    assert [key[1] for key, item in scene.reports.log if item is None] == ["one"]
     assert len(scene.server.log) <= 4  # which version, from there on, and the list
 
 
 async def test_a_410_within_a_watch_that_was_fine(clock: Clock, scene: Scene) -> None:
     scene.change()
-    scene.server.store.compact()  # before the watch has told of it
+    scene.server.store.compact()  # before the watch has reported it
     await trio.sleep(10)
     assert scene.reflector.counts.lists == 2
     assert scene.reflector.error == ""
@@ -121,7 +121,7 @@ async def test_a_server_that_is_down_for_a_minute_loses_nothing(clock: Clock, sc
     scene.change()
     scene.server.behaviour.down = False
     await scene.recovered()
-    assert scene.reflector.counts.lists == 1  # the watch went on from where it was
+    assert scene.reflector.counts.lists == 1  # the watch continued from where it was
 
 
 async def test_500s_for_a_minute(clock: Clock, scene: Scene) -> None:
@@ -173,7 +173,7 @@ async def test_silence_is_a_dead_connection(clock: Clock, scene: Scene) -> None:
     await trio.sleep(100)
     scene.change()
     scene.server.behaviour.mute = False  # for other connections: this one hangs
-    with trio.fail_after(60):  # 150 s after the last word
+    with trio.fail_after(60):  # 150 s after the last event
         await scene.recovered()
     assert scene.reflector.counts.lists == 1
 
@@ -184,7 +184,7 @@ async def test_bookmarks_show_that_a_connection_lives(clock: Clock, scene: Scene
     assert scene.reflector.counts.failures == 0
 
 
-async def test_watches_that_the_server_ends_are_begun_again_at_once(
+async def test_watches_that_the_server_ends_are_restarted_at_once(
     clock: Clock, scene: Scene
 ) -> None:
     await trio.sleep(3600)
@@ -208,20 +208,20 @@ async def test_a_server_that_was_restored_from_a_backup(clock: Clock, scene: Sce
     backup = scene.server.store.backup()
     for number in range(50):
         scene.server.store.create(KIND, "default", {"metadata": {"name": f"lost{number}"}})
-    await scene.told.until(lambda now: len(now) == 52)
+    await scene.reports.until(lambda now: len(now) == 52)
     scene.server.store.restore(backup)
     scene.server.cut()
-    await scene.told.until(lambda now: {name for _, name in now} == {"one", "two"})
+    await scene.reports.until(lambda now: {name for _, name in now} == {"one", "two"})
     scene.change()
     await scene.recovered()
 
 
 async def test_a_watch_from_the_future_is_found_by_its_silence(clock: Clock, scene: Scene) -> None:
-    """Nobody has noticed a lost connection: a balancer before the server has kept it, and leads to
-    another server now."""
+    """A connection was lost without a notice: a load balancer kept it open, and now connects to
+    another server."""
     scene.reflector._version = "999999"
     scene.server.cut()
-    scene.reflector._doubt = False
+    scene.reflector._version_unsure = False
     await trio.sleep(1)
     scene.change()
     await scene.recovered()
@@ -247,7 +247,7 @@ async def test_a_server_without_streaming_lists_is_asked_in_pages(
     stage.server.log.clear()
     for name in ("m5", "m6"):
         stage.server.store.create(KIND, "default", {"metadata": {"name": name}})
-    stage.server.store.compact()  # before the watch has told of them
+    stage.server.store.compact()  # before the watch has reported them
     stage.server.cut()
     await trio.sleep(30)
     assert len(scene.now()) == 7
@@ -256,7 +256,7 @@ async def test_a_server_without_streaming_lists_is_asked_in_pages(
 
 
 @pytest.mark.parametrize("after", [0, 10, 200])
-async def test_a_list_that_is_cut_off_is_none(clock: Clock, scene: Scene, after: int) -> None:
+async def test_a_truncated_list_is_ignored(clock: Clock, scene: Scene, after: int) -> None:
     scene.reflector._streaming = False
     scene.server.faults.extend(Fault(after=after, only="limit=500") for _ in range(4))
     scene.change()
@@ -267,7 +267,7 @@ async def test_a_list_that_is_cut_off_is_none(clock: Clock, scene: Scene, after:
     await scene.recovered()
 
 
-async def test_a_list_as_a_stream_that_is_cut_off_is_none(clock: Clock, scene: Scene) -> None:
+async def test_a_truncated_streaming_list_is_ignored(clock: Clock, scene: Scene) -> None:
     item = {
         "kind": "ConfigMap",
         "apiVersion": "v1",
@@ -282,7 +282,7 @@ async def test_a_list_as_a_stream_that_is_cut_off_is_none(clock: Clock, scene: S
     await trio.sleep(5)
     assert scene.now() == TEXTS
     await scene.recovered()
-    assert "x" not in [key[1] for key, _ in scene.told.log]
+    assert "x" not in [key[1] for key, _ in scene.reports.log]
 
 
 async def test_a_continue_token_that_is_too_old_begins_the_list_again(
@@ -367,7 +367,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_what_a_hostile_server_says_deletes_nothing(
+async def test_a_hostile_server_deletes_nothing(
     clock: Clock, server: ApiServer, nursery: trio.Nursery, what: str, streaming: bool
 ) -> None:
     stage = FakeStage(Client(AT, dial=server.dial), "default", server)
@@ -379,7 +379,7 @@ async def test_what_a_hostile_server_says_deletes_nothing(
     server.cut()
     await trio.sleep(120)
     assert scene.now() == TEXTS
-    assert scene.told.log == []
+    assert scene.reports.log == []
     assert scene.reflector.counts.failures > 0
     assert len(server.log) < 15
     server.faults.clear()
@@ -417,7 +417,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("what", PAGES)
-async def test_a_page_that_is_none_deletes_nothing(clock: Clock, scene: Scene, what: str) -> None:
+async def test_an_invalid_page_deletes_nothing(clock: Clock, scene: Scene, what: str) -> None:
     scene.reflector._streaming = False
     body = json.dumps(PAGES[what]).encode()
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -446,20 +446,20 @@ async def test_more_objects_than_the_limit_are_not_kept(
     assert "more than 3 configmaps" in scene.reflector.error
 
 
-async def test_what_is_not_kept_is_as_if_it_were_not_there(
+async def test_objects_that_are_not_kept_are_ignored(
     clock: Clock, stage: FakeStage, nursery: trio.Nursery
 ) -> None:
     def keep(item: ConfigMap) -> dict[str, str] | None:
         found = data(item)
         return found if found.get("a") != "hidden" else None
 
-    told: Told[dict[str, str]] = Told()
+    reports: Reports[dict[str, str]] = Reports()
     await stage.config_map("one", a="hidden")
     two = await stage.config_map("two", a="2")
-    nursery.start_soon(Reflector(stage.client, CONFIG_MAPS, keep, told, stage.here).run)
+    nursery.start_soon(Reflector(stage.client, CONFIG_MAPS, keep, reports, stage.here).run)
     key: Key = ("default", "two")
-    await told.until(lambda now: now == {key: {"a": "2"}})
+    await reports.until(lambda now: now == {key: {"a": "2"}})
     await stage.client.patch(CONFIG_MAPS, two, {"data": {"a": "hidden"}})
-    await told.until(lambda now: not now)
+    await reports.until(lambda now: not now)
     await stage.client.patch(CONFIG_MAPS, two, {"data": {"a": "3"}})
-    await told.until(lambda now: now == {key: {"a": "3"}})
+    await reports.until(lambda now: now == {key: {"a": "3"}})

@@ -19,7 +19,7 @@ from control.kube.reflector import WatchRules
 from lab.kube_api.server import ApiServer, Fault, refuse
 from lab.kube_api.store import KINDS, Problem
 from tests.control.conftest import AT
-from tests.control.stage import FakeStage, Told, follow
+from tests.control.stage import FakeStage, Reports, follow
 
 KIND = KINDS["v1", "configmaps"]
 ALL = [f"m{number}" for number in range(6)]
@@ -38,14 +38,14 @@ STEPS = st.one_of(
 
 
 class World:
-    """The server, and what has been true of it at any time since the copy was told."""
+    """The server, and what has been true of it at any time since the copy was reported."""
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
         self.backup = server.store.backup()
         self.absent: set[str] = (
             set()
-        )  # names that did not exist at some time, after they had been told
+        )  # names that did not exist at some time after they had been reported
 
     def step(self, what: str, *words: Any) -> None:
         getattr(self, what.replace(" ", "_"))(*words)
@@ -96,8 +96,8 @@ class World:
         self.backup = self.server.store.backup()
 
     def restore(self) -> None:
-        """An older state. What no client can find out is that its version was passed again before
-        it asked: so there is time to ask."""
+        """Restore an older state. No client can notice that the server passed its version again
+        before the client asked. So there is time for the client to ask."""
         self.calm()
         self.server.store.restore(self.backup)
         self.server.cut()
@@ -117,8 +117,8 @@ async def play(steps: list[tuple[Any, ...]], streaming: str, page: int) -> None:
         server.behaviour.streaming = streaming
         stage = FakeStage(Client(AT, dial=server.dial, chance=random.Random(1)), "default", server)
         world = World(server)
-        told: Told[dict[str, str]] = Told()
-        reflector = follow(stage, told)
+        reports: Reports[dict[str, str]] = Reports()
+        reflector = follow(stage, reports)
         reflector.rules = WatchRules(page_size=page)
         reflector.chance = random.Random(2)
         nursery.start_soon(reflector.run)
@@ -130,15 +130,15 @@ async def play(steps: list[tuple[Any, ...]], streaming: str, page: int) -> None:
             if step[0] == "restore":
                 await trio.sleep(130)
         world.calm()
-        # Two silences, the longest pause, a list: after that there is no excuse.
+        # Two silences, the longest pause, and a list: after that the copy must be right.
         await trio.sleep(600)
         truth = {key: item["data"] for key, item in server.store.objects[KIND].items()}
         assert reflector.known == truth
-        assert told.now == truth
-        assert {key[1] for key, item in told.log if item is None} <= world.absent
+        assert reports.now == truth
+        assert {key[1] for key, item in reports.log if item is None} <= world.absent
         last: dict[str, object] = {}
-        for key, item in told.log:
-            assert last.get(key[1]) != item, "a difference that is none"
+        for key, item in reports.log:
+            assert last.get(key[1]) != item, "a change that changes nothing"
             last[key[1]] = item
         elapsed = trio.current_time()
         assert len(server.log) <= 10 + 3 * len(steps) + elapsed / 8

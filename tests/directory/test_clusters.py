@@ -1,5 +1,5 @@
 """Other clusters in the directory: remote services by their names, exports, splits and failovers,
-and what is wrong with a document."""
+and the mistakes of a document."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_remote_service_is_a_target_whose_endpoints_are_the_gateways_of_its_cl
     ]
 
 
-def test_the_gateway_is_told_the_name_in_its_own_cluster_with_a_port_where_it_needs_one() -> None:
+def test_the_gateway_gets_the_name_in_its_own_cluster_with_a_port_where_it_needs_one() -> None:
     remote = Remote("east", "c.default.svc.east.example", 80)
     assert (remote.authority, remote.tunnel) == (
         b"c.default.svc.east.example",
@@ -88,7 +88,7 @@ def test_an_authority_names_a_port_of_a_service_or_nothing(
         (b"new.default", None), (b"c.default.east", None), (b"c-east.default.svc.cluster.local", None), (b"c.east", None),
     ],
 )  # fmt: skip
-def test_a_gateway_exports_what_is_marked_by_its_full_name_and_nothing_of_other_clusters(
+def test_a_gateway_exports_only_marked_services_of_its_own_cluster_by_their_full_name(
     authority: bytes, service: str | None
 ) -> None:
     target = directory().exported(authority)
@@ -226,7 +226,7 @@ def test_a_circle_is_a_mistake_that_spells_the_circle_out(text: str, cycle: str)
 
 
 def test_clusters_that_split_and_fail_over_to_each_other_are_no_circle() -> None:
-    """What a gateway received is not split again: so the same document in both clusters, with the
+    """What a gateway received is not split again. So the same document in both clusters, with the
     names exchanged, is right."""
     other = (
         TEXT.replace("cluster: west", "cluster: x")

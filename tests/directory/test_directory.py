@@ -1,9 +1,8 @@
-"""The directory: what an address resolves to, and what is wrong with a document.
+"""The directory: what an address resolves to, and the mistakes of a document.
 
-A known address gives what the document says of it; an unknown one gives itself. A meshed pod keeps
-its identity on every port. A document with mistakes gives all of them, with their paths, and no
-directory at all.
-"""
+A known address gives what the document says about it; an unknown one gives itself. A meshed pod
+keeps its identity on every port. A document with mistakes gives all of them, with their paths, and
+no directory at all."""
 
 from __future__ import annotations
 
@@ -177,7 +176,7 @@ def test_all_mistakes_are_reported_together_with_their_paths() -> None:
 
 
 def test_an_endpoint_that_is_meshed_in_one_service_and_not_in_another_is_refused() -> None:
-    """Otherwise a forgotten line would mean clear text to a meshed pod."""
+    """Otherwise a missing line would mean clear text to a meshed pod."""
     with pytest.raises(
         DirectoryError,
         match=(
@@ -222,7 +221,7 @@ def identities(text: str) -> dict[str, bool]:
 def test_an_identity_holds_for_all_ports_but_those_that_the_proxy_does_not_stand_before(
     top: str, own: str, plain: set[str]
 ) -> None:
-    """By the pod's address and by a service's, whose target port is what counts."""
+    """By the pod's address and by a service's address, whose target port decides."""
     ports = "[{port: 80, target_port: 8080}, {port: 91, target_port: 4191}]"
     endpoint = f'{{address: 10.1.0.1, identity: "{ONE}"{own}}}'
     found = identities(
@@ -258,7 +257,7 @@ def test_skip_ports_that_are_no_ports_are_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "services: 3", "services: {a: 1}", "a: [", "{}"])
-def test_what_is_not_a_directory_at_all_is_an_error(text: str) -> None:
+def test_a_document_that_is_not_a_directory_is_an_error(text: str) -> None:
     with pytest.raises(DirectoryError):
         parse(text, "f")
 

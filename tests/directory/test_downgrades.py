@@ -1,12 +1,12 @@
-"""What a new directory takes away from the one in use: what only an accident does is refused, and
-what has left is remembered.
+"""What a new directory removes from the one in use: a change that only an accident makes is
+refused, and removed identities are remembered.
 
-Every prefix of a directory file, if it were taken for the whole, leaves no way in clear text to an
-address that had an identity.
-"""
+If any prefix of a directory file were taken for the whole file, no address that had an identity
+would be reachable in clear text."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -43,7 +43,7 @@ def made(*services: dict[str, Any], **top: Any) -> Directory:
 
 
 def four() -> list[dict[str, Any]]:
-    """Three services with identities, and one that is outside of the mesh."""
+    """Three services with identities, and one outside of the mesh."""
     return [
         service("a", pod(1, A), pod(2, A), address="10.96.0.1"),
         service("b", pod(3, B), address="10.96.0.2"),
@@ -114,12 +114,12 @@ SUSPICIOUS = {
 
 
 @pytest.mark.parametrize("name", NORMAL)
-def test_what_happens_every_day_is_taken(name: str) -> None:
+def test_ordinary_changes_are_accepted(name: str) -> None:
     assert refused(NORMAL[name]) == ""
 
 
 @pytest.mark.parametrize("name", SUSPICIOUS)
-def test_what_only_an_accident_does_is_refused_with_its_reason(name: str) -> None:
+def test_changes_that_only_an_accident_makes_are_refused_with_a_reason(name: str) -> None:
     services, reason = SUSPICIOUS[name]
     assert reason in refused(services)
 
@@ -144,7 +144,7 @@ def test_unless_the_document_allows_everything(name: str) -> None:
         ("all services leave", ["default/a", "default/b", "default/c"]),
     ],
 )
-def test_or_allows_what_is_lost_by_its_name_and_nothing_else(name: str, names: list[str]) -> None:
+def test_a_lost_identity_is_allowed_only_by_its_name(name: str, names: list[str]) -> None:
     services = SUSPICIOUS[name][0]
     assert refused(services, allow_identity_loss=names) == ""
     assert refused(services, allow_identity_loss=["default/plain", "10.1.0.9"]) != ""
@@ -184,7 +184,7 @@ def test_a_service_that_is_only_a_way_to_another_cluster_counts_too() -> None:
     }
 
 
-def test_what_has_left_is_remembered_by_host_and_by_cluster_address() -> None:
+def test_removed_identities_are_remembered_by_host_and_by_cluster_address() -> None:
     lost = compare(made(*four()), made(*four()[1:]), 0.5)
     former, of = Former(A, frozenset({"default/a"}), frozenset({4191})), frozenset({"default/a"})
     assert lost.former == {
@@ -216,6 +216,19 @@ def test_an_allowance_that_cannot_be_meant_is_a_mistake(value: object, words: st
 
 def test_the_schema_has_it() -> None:
     assert "allow_identity_loss" in directory_schema()["properties"]  # type: ignore[operator]
+
+
+def test_the_cluster_address_of_a_service_without_endpoints_is_remembered() -> None:
+    """It may leave next, and has no identity to lose then."""
+    empty = made(service("a", address=A_AT), *four()[1:])
+    memory = FormerIdentities(KEEP, 100)
+    lost = compare(made(*four()), empty, 0.5)
+    memory.take(empty, lost.former, 1000.0, lost.missing)
+    assert memory.losses == {"service": 0, "endpoint": 2, "identity": 0}
+    gone = made(*four()[1:])
+    lost = compare(empty, gone, 0.5)
+    memory.take(gone, lost.former, 1001.0, lost.missing)
+    assert memory.find(Address("10.96.0.1", 80), 1001.0) == Former(A, frozenset({"default/a"}))
 
 
 # The memory...
@@ -272,6 +285,43 @@ def test_the_memory_is_bounded_and_forgets_nothing_for_want_of_room() -> None:
     )
 
 
+def test_what_is_lost_is_counted_and_services_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    services = [service(f"s{number:02}", pod(number, A)) for number in range(1, 21)]
+    old, new = made(*services), made(*services[7:])
+    memory, lost = FormerIdentities(KEEP, 100), compare(old, new, 0.5)
+    with caplog.at_level(logging.WARNING, "isthmus.directory"):
+        memory.take(new, lost.former, 1000.0, lost.missing)
+    assert memory.losses == {"service": 7, "endpoint": 7, "identity": 0}
+    (message,) = caplog.messages
+    assert message == (
+        "services with identities have left the directory, or some of their addresses or ports"
+        " have: default/s01, default/s02, default/s03, default/s04, default/s05 and 2 more; the"
+        " proxy sends no clear text to them for 600 s"
+    )
+    memory.take(new, {}, 1001.0)
+    assert len(caplog.messages) == 1
+    assert memory.losses["service"] == 7
+
+
+def test_a_service_that_loses_a_port_is_named_and_one_that_may_leave_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def two(*ports: int) -> dict[str, Any]:
+        return {**service("a", pod(1, A), address=A_AT), "ports": [{"port": n} for n in ports]}
+
+    memory = FormerIdentities(KEEP, 100)
+    for old, new, count in (
+        (made(two(80, 81)), made(two(80)), 1),
+        (made(*four()), made(*four()[1:], allow_identity_loss=["default/a"]), 1),
+        (made(*four()), made(*four()), 1),
+    ):
+        lost = compare(old, new, 0.5)
+        memory.take(new, lost.former, 1000.0, lost.missing)
+        assert memory.losses["service"] == count
+    (message,) = caplog.messages
+    assert "ports have: default/a; " in message
+
+
 def test_nothing_is_remembered_if_it_is_switched_off() -> None:
     memory, new = FormerIdentities(0, 1), made(*four()[1:])
     former = compare(made(*four()), new, 0.5).former
@@ -320,7 +370,7 @@ def documents(draw: st.DrawFn) -> str:
 
 
 def meshed_addresses(directory: Directory) -> list[Address]:
-    """The addresses that are spoken to by mutual TLS: cluster addresses, and pods at a few
+    """The addresses that are dialled with mutual TLS: cluster addresses, and pods at a few
     ports."""
     asked = [
         Address(host, port) for host in directory.pods for port in (80, 8080, 9000, 4191, 7)
@@ -344,8 +394,8 @@ def leaks(current: Directory, memory: FormerIdentities, meshed: list[Address]) -
 
 
 def taken(old: Directory, text: str) -> tuple[Directory, FormerIdentities] | None:
-    """What becomes of the directory `old` when a file has this text, as if it were complete; None:
-    it is broken, or refused."""
+    """The directory after the directory `old` when a file has this text, as if it were complete.
+    None: it is invalid, or refused."""
     try:
         new = parse(text, "new")
     except DirectoryError:
@@ -360,10 +410,10 @@ def taken(old: Directory, text: str) -> tuple[Directory, FormerIdentities] | Non
 
 @settings(max_examples=25, deadline=None)
 @given(documents(), st.data())
-def test_no_prefix_that_is_taken_for_the_whole_lets_a_meshed_address_go_over_to_clear_text(
+def test_no_prefix_of_a_file_moves_a_meshed_address_to_clear_text(
     old_text: str, data: st.DataObject
 ) -> None:
-    """The writer has stopped, so that the file is not even known to be half written. It writes the
+    """The writer has stopped, so that the file is not even known to be incomplete. It writes the
     same document again, or another one."""
     new_text = data.draw(st.one_of(st.just(old_text), documents()))
     old = parse(old_text, "old")
@@ -398,14 +448,14 @@ services:
 
 
 def test_every_prefix_of_a_file_with_two_services() -> None:
-    """Of the prefixes that are valid documents, most would let something out; what is taken of them
-    lets nothing out."""
+    """Most of the prefixes that are valid documents would allow clear text. None of those that are
+    accepted does."""
     old = parse(TWO, "old")
     meshed = meshed_addresses(old)
     valid = [text for end in range(len(TWO)) if (text := TWO[:end]) and parses(text)]
     harmful = [text for text in valid if leaks(parse(text, "new"), FormerIdentities(0, 0), meshed)]
     assert len(valid) > 50
-    assert len(harmful) > 50, "what this is about"
+    assert len(harmful) > 50, "otherwise this test proves nothing"
     found = [made for text in valid if (made := taken(old, text)) is not None]
     assert [leaks(*each, meshed) for each in found if leaks(*each, meshed)] == []
 

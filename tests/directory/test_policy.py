@@ -1,5 +1,5 @@
-"""A service's policy: what is said is read, what is not said has its default, and every mistake is
-told with its path."""
+"""A service's policy: given values are read, the others have their defaults, and every mistake is
+reported with its path."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_part_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("retry: {}", "p.retry: unknown key (did you mean 'retries'?)"),
         ("[1]", "p: expected a mapping, found a list"),
@@ -134,18 +134,18 @@ def test_every_part_is_read() -> None:
         ),
     ],
 )
-def test_a_mistake_is_told_with_its_path(text: str, told: str) -> None:
-    assert [line[: len(told)] for line in mistaken(text)] == [told]
+def test_a_mistake_is_reported_with_its_path(text: str, expected: str) -> None:
+    assert [line[: len(expected)] for line in mistaken(text)] == [expected]
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     assert (
         len(mistaken("{timeouts: {request: 1}, queue: {size: -1}, breaker: {jitter: 2, more: 1}}"))
         == 4
     )
 
 
-def test_a_mistake_elsewhere_in_the_document_does_not_hide_what_is_right_here() -> None:
+def test_a_mistake_elsewhere_in_the_document_does_not_hide_a_good_policy() -> None:
     mistakes = Mistakes()
     mistakes.add("elsewhere", "wrong")
     assert read_policy({"queue": {"size": 5}}, "p", mistakes).queue.size == 5
@@ -153,7 +153,7 @@ def test_a_mistake_elsewhere_in_the_document_does_not_hide_what_is_right_here() 
 
 
 def test_the_documentation_has_the_table_of_the_policy() -> None:
-    """To mend: put what `tables(Policy, "policy")` returns between the two marks."""
+    """To fix it: put what `tables(Policy, "policy")` returns between the two marks."""
     written = DOCUMENT.read_text("utf-8").split("<!-- policy -->")[1].split("<!-- /policy -->")[0]
     assert written.strip() == tables(Policy, "policy").strip()
 

@@ -1,5 +1,5 @@
-"""Names: every form that Kubernetes has, and the three of another cluster's service; a local
-service of exactly that name wins."""
+"""Names: every form that Kubernetes has, and the three forms of another cluster's service. A local
+service with exactly that name has precedence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Watching the directory: a good change swaps the snapshot whole, a bad one keeps the old and is
-reported once.
-
-The files are real; only the clock is not.
-"""
+"""The watcher of the directory: a good change replaces the snapshot as a whole. A bad one keeps the
+old snapshot and is reported once. The files are real; only the clock is simulated."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ ONE_READ = Acceptance(settle=0)
 
 
 def rewrite_in_the_same_tick(path: Path, text: str) -> None:
-    """The same size, inode and time, and another text."""
+    """Replace the text of a file. Its size, inode and time stay as they were."""
     first = path.stat()
     path.write_text(text)
     os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns))
@@ -100,7 +97,7 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [pipe, device, Path.mkdir])
-async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(
+async def test_a_file_that_is_not_regular_is_an_error_and_stops_nothing(
     file: Path, put: Callable[[Path], None]
 ) -> None:
     source, reports = DirectorySource(file, ONE_READ), Reports()
@@ -136,7 +133,7 @@ async def test_two_writes_in_one_tick_of_the_clock_are_both_seen(file: Path) -> 
     assert name(source) == "default/b"
 
 
-async def test_a_file_that_was_touched_and_not_changed_is_no_change(file: Path) -> None:
+async def test_a_file_that_was_touched_and_not_changed_is_not_a_change(file: Path) -> None:
     source, reports = DirectorySource(file, ONE_READ), Reports()
     before = source.current
     os.utime(file, (1, 1))
@@ -213,9 +210,9 @@ async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: Moc
         nursery.cancel_scope.cancel()
 
 
-async def test_reading_a_large_directory_stops_nobody_for_a_collection(file: Path) -> None:
-    """A full collection while it is read would stop all requests for as long as it takes to look at
-    all that there is."""
+async def test_reading_a_large_directory_causes_no_garbage_collection(file: Path) -> None:
+    """A full collection during the read would stop all requests for as long as it takes to visit
+    all objects."""
     source, reports = DirectorySource(file, ONE_READ), Reports()
     full = gc.get_stats()[2]["collections"]
     write(file, large(1000))
@@ -223,7 +220,7 @@ async def test_reading_a_large_directory_stops_nobody_for_a_collection(file: Pat
         await source.look(reports)
         assert len(source.current.services) == 1000
         assert gc.get_stats()[2]["collections"] == full
-        assert gc.get_freeze_count() > 5000, "the snapshot is left alone"
+        assert gc.get_freeze_count() > 5000, "the snapshot is not visited"
         assert gc.isenabled()
         write(file, "services: 3")
         await source.look(reports)

@@ -1,9 +1,8 @@
-"""What is said to a question.
+"""Answers to queries.
 
-Rules: any bytes lead to an answer, to the question's being passed on, or to nothing, and never to
-an exception; an answer repeats the question as it was asked; what is not ours is passed on whatever
-else stands in the message; answers are read back by dnspython.
-"""
+Rules: any bytes lead to an answer, to forwarding of the query, or to nothing, and never to an
+exception. An answer repeats the question as it was asked. A query for a foreign name is forwarded,
+whatever else the message contains. dnspython parses the answers."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def test_other_types_exist_without_data_and_say_for_how_long(kind: str) -> None:
     assert answer.question[0].name.is_subdomain(soa.name)
 
 
-def test_what_does_not_exist_is_said_so_by_its_zone() -> None:
+def test_unknown_names_of_a_mesh_zone_do_not_exist() -> None:
     answer = ask(query("gone.east"))
     assert answer.rcode() == dns.rcode.NXDOMAIN
     (soa,) = answer.authority
@@ -152,11 +151,11 @@ def other_people_s() -> list[dns.message.Message]:
 
 
 @pytest.mark.parametrize("message", other_people_s(), ids=lambda message: str(message.question[:1]))
-def test_what_is_not_ours_is_passed_on_whatever_it_is(message: dns.message.Message) -> None:
+def test_foreign_queries_are_forwarded_whatever_they_contain(message: dns.message.Message) -> None:
     assert isinstance(ANSWERS.answer(message.to_wire()), Forward)
 
 
-def test_what_is_no_message_behind_a_question_that_is_not_ours_is_passed_on_too() -> None:
+def test_a_malformed_query_for_a_foreign_name_is_passed_on_too() -> None:
     wire = query("example.com").to_wire() + b"what is this?"
     assert isinstance(ANSWERS.answer(wire), Forward)
     ours = ANSWERS.answer(query("c.east").to_wire() + b"what is this?")
@@ -235,18 +234,19 @@ def test_any_bytes_are_answered_passed_on_or_dropped(wire: bytes) -> None:
         assert len(answer.question) <= 1
     elif isinstance(judged, Forward):
         assert judged.question in wire
-        # What a resolver would say to it is recognised; and so is the refusal that we make up.
+        # Answers of a resolver to it are recognised, and so is the refusal that the proxy makes
+        # itself.
         assert answers_to(wire[:2] + bytes([wire[2] | 0x80]) + wire[3:], judged)
         assert answers_to(failure(wire, dns.rcode.SERVFAIL), Forward(judged.question))
 
 
 @settings(max_examples=200)
 @given(st.binary(max_size=100), st.binary(max_size=60))
-def test_what_answers_nothing_is_recognised_whatever_it_is(answer: bytes, question: bytes) -> None:
+def test_any_bytes_are_an_answer_or_not(answer: bytes, question: bytes) -> None:
     assert isinstance(answers_to(answer, Forward(question)), bool)
 
 
-def test_an_answer_to_another_question_is_none() -> None:
+def test_a_response_to_another_question_is_ignored() -> None:
     asked = ANSWERS.answer(query("www.example.com").to_wire())
     assert isinstance(asked, Forward)
 

@@ -1,10 +1,9 @@
-"""Questions that are answered, and questions that are passed on, over real sockets.
+"""Queries that are answered, and queries that are forwarded, over real sockets.
 
-Rules: what is passed on arrives in its own bytes but for the id, and so does the answer; nothing
-but the answer to the question, from the resolver that was asked, is taken for it; a resolver that
-is slow, dead or mad costs those who ask it, for a bounded time, and nobody else; a flood is
-bounded; the listener outlives whatever it is sent.
-"""
+Rules: a forwarded query arrives in its own bytes except for the id, and so does the answer. Only
+the answer to the question, from the resolver that got it, is accepted. A resolver that is slow,
+dead or faulty delays only its own queries, for a bounded time. A flood is bounded. No message stops
+the listener."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ def framed(wire: bytes) -> bytes:
 
 @dataclass
 class Upstream:
-    """A resolver by script: `answer` gets each question and what sends to whoever asked it."""
+    """A scripted resolver: `answer` gets each query and a function that sends to its client."""
 
     address: Address
     answer: Callable[[bytes, Say], Awaitable[None]]
@@ -66,7 +65,7 @@ class Upstream:
 
 @dataclass
 class Setup:
-    """A resolver of ours, its clients' sockets, and what it has counted."""
+    """The proxy's DNS server, its clients' sockets, and what it has counted."""
 
     resolver: DnsServer
     metrics: Metrics
@@ -109,7 +108,7 @@ def both(version: int) -> tuple[trio.socket.SocketType, trio.SocketListener]:
         datagrams = bind_datagrams(Address(LOOPBACK[version], 0))
         try:
             listener = bind(Address.of(datagrams.getsockname()))
-        except BindFailed:  # somebody else's TCP port: take another
+        except BindFailed:  # another program has this TCP port: take another one
             datagrams.close()
             continue
         return trio.socket.from_stdlib_socket(datagrams), trio.SocketListener(
@@ -187,9 +186,7 @@ async def running(to: Address, version: int = 4, **settings: float) -> AsyncIter
     async def connections() -> None:
         await acceptor.serve([listener])
 
-    async with (
-        trio.open_nursery() as nursery
-    ):  # the sockets are bound already: nobody comes too early
+    async with trio.open_nursery() as nursery:  # the sockets are bound already, so nothing is lost
         nursery.start_soon(datagrams)
         nursery.start_soon(connections)
         yield Setup(
@@ -229,7 +226,7 @@ async def frame(stream: trio.SocketStream) -> bytes | None:
 
 
 @VERSIONS
-async def test_names_of_other_clusters_are_answered_and_nobody_is_asked(version: int) -> None:
+async def test_names_of_other_clusters_are_answered_without_a_resolver(version: int) -> None:
     async with running(NOBODY, version) as setup:
         answer = await setup.ask(query("c.east.default.svc.cluster.local"))
         assert answer.answer[0][0].to_text() == FOUR
@@ -244,7 +241,7 @@ async def test_names_of_other_clusters_are_answered_and_nobody_is_asked(version:
 async def test_all_else_is_passed_on_in_its_own_bytes_with_an_id_of_our_own_and_a_port_drawn_anew(
     version: int,
 ) -> None:
-    odd = b"\0\0\x29\x04\xd0\0\0\x80\0\0\x0b\xfd\xe9\0\x07strange"  # an option that nobody knows
+    odd = b"\0\0\x29\x04\xd0\0\0\x80\0\0\x0b\xfd\xe9\0\x07strange"  # an unknown option
     async with upstream(version=version) as there, running(there.address, version) as setup:
         wires = [query(f"n{number}.example.com") for number in range(20)]
         wires.append(wires[0][:10] + b"\0\1" + wires[0][12:] + odd)
@@ -301,7 +298,7 @@ async def test_forged_answers_are_ignored_and_the_true_one_is_taken() -> None:
         await say(true[:11])
         with trio.socket.socket(
             socket.AF_INET, socket.SOCK_DGRAM
-        ) as stranger:  # right in all but where it comes from
+        ) as stranger:  # right except for its source
             await stranger.sendto(response(wire, "192.0.2.66"), ("127.0.0.1", there.ports[-1]))
         await say(true)
 
@@ -337,7 +334,7 @@ async def silent(_: bytes, __: Say) -> None:
     await trio.sleep_forever()
 
 
-async def test_who_waits_too_long_for_a_resolver_is_told_so() -> None:
+async def test_a_query_that_waits_too_long_for_a_resolver_fails() -> None:
     async with upstream(silent) as there, running(there.address, timeout=0.1) as setup:
         answer = await setup.ask(query())
         assert answer.rcode() == dns.rcode.SERVFAIL
@@ -351,7 +348,7 @@ async def test_a_resolver_that_is_not_there_is_noticed_at_once() -> None:
         assert setup.count("dns_upstream_total", transport="udp", result="unreachable") == 1
 
 
-async def test_a_flood_of_questions_is_bounded_and_our_own_names_are_answered_meanwhile() -> None:
+async def test_a_flood_of_queries_is_bounded_and_mesh_names_are_still_answered() -> None:
     async with upstream(silent) as there, running(there.address, max_in_flight=5) as setup:
         with setup.client() as sock:
             for number in range(50):
@@ -426,7 +423,7 @@ async def test_a_transfer_of_many_messages_comes_through() -> None:
         ]
 
 
-async def test_a_resolver_that_closes_what_is_idle_is_dialled_again() -> None:
+async def test_a_resolver_that_closes_idle_connections_is_dialled_again() -> None:
     async def once(wire: bytes, say: Say) -> None:
         await say(response(wire, "192.0.2.1"))
         await say(b"")
@@ -463,9 +460,7 @@ async def test_a_resolver_that_owes_an_answer_is_not_waited_for_for_ever(answer:
         )
 
 
-async def test_a_resolver_that_does_not_take_connections_is_said_so_and_the_connection_goes_on() -> (
-    None
-):
+async def test_a_resolver_that_refuses_connections_is_reported_and_the_connection_stays() -> None:
     async with running(NOBODY) as setup, connected(setup) as stream:
         await stream.send_all(framed(query()))
         answer = await frame(stream)

@@ -41,7 +41,7 @@ def test_a_new_directory_changes_answers_and_addresses_in_one_step() -> None:
     assert ask(asked, "two.east").answer
 
 
-async def test_who_found_no_room_gets_it_when_a_quarantine_is_over() -> None:
+async def test_a_name_without_a_free_address_gets_one_when_a_quarantine_ends() -> None:
     metrics = Metrics()
     asked = names(metrics, max_names=1, quarantine=1.0)
     asked.publish(document(remote=(ONE,)))

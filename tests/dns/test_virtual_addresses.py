@@ -1,10 +1,9 @@
 """Virtual addresses.
 
-Rules: the same names have the same addresses, in whatever order they came and after a restart; no
-address stands for two names; an address is not given to another name while a connection holds it or
-the quarantine lasts; after a restart an old address leads to the service that it led to, or to
-nobody; the number is bounded. The ranges are small here, so that hashes meet all the time.
-"""
+Rules: the same names have the same addresses, in any order and after a restart. No address belongs
+to two names. An address is not given to another name while a connection holds it or the quarantine
+lasts. After a restart an old address leads to its former service, or to none. The number is
+bounded. The ranges are small here, so that hashes collide all the time."""
 
 from __future__ import annotations
 
@@ -60,8 +59,8 @@ def test_a_name_has_an_address_of_each_range_and_they_lead_back_to_it() -> None:
 
 
 def test_addresses_are_part_of_the_contract_between_versions_of_the_proxy() -> None:
-    """Proxies of two versions run side by side in a roll-out, and one restarts as the other: these
-    may never change."""
+    """Proxies of two versions run side by side in a rollout, and one restarts as the other. So
+    these may never change."""
     virtual = fresh()
     virtual.publish([RemoteName("east", "default", "c")])
     assert virtual.addresses(RemoteName("east", "default", "c")) == (
@@ -70,7 +69,9 @@ def test_addresses_are_part_of_the_contract_between_versions_of_the_proxy() -> N
     )
 
 
-def test_addresses_outside_the_ranges_are_not_ours_and_unknown_ones_within_are_nobodys() -> None:
+def test_addresses_outside_the_ranges_are_not_virtual_and_unknown_ones_within_have_no_service() -> (
+    None
+):
     virtual = fresh()
     virtual.publish(names(3))
     for host in ("10.0.0.1", "239.255.255.255", "fd69:7374:686d:7574::1", "::1", "nonsense", ""):
@@ -100,7 +101,7 @@ def test_neither_the_order_nor_a_restart_changes_an_address(
 
 @settings(max_examples=100)
 @given(st.lists(remotes, min_size=1, max_size=16, unique=True))
-def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nobody(
+def test_after_a_restart_an_address_belongs_to_the_same_name_or_to_none(
     chosen: list[RemoteName],
 ) -> None:
     before, after = fresh(SMALL), fresh(SMALL)
@@ -113,8 +114,8 @@ def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nob
 
 
 def test_most_names_keep_their_address_over_a_restart_even_when_hashes_meet() -> None:
-    """How often "nobody" is the answer in the test above: seldom in a range that is an eighth full,
-    never in the real one."""
+    """How often the test above gets no service: rarely in a range that is one eighth full, never in
+    the real one."""
     many = names(2000)
     before, after = fresh(), fresh()
     for count in range(0, 2001, 100):
@@ -143,8 +144,8 @@ def test_ten_thousand_names_are_published_at_once_and_again_without_a_pause() ->
 
 
 class Life(RuleBasedStateMachine):
-    """Names come and go, connections open and close, time passes; the machine remembers who was
-    ever told which address."""
+    """Names come and go, connections open and close, time passes. The machine remembers each
+    address that was ever answered, and to which client."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Life(RuleBasedStateMachine):
         self.existing: set[RemoteName] = set()
         self.virtual = VirtualAddresses(SMALL, 16, QUARANTINE, lambda: self.now)
         self.open: list[tuple[str, RemoteName, Callable[[], None]]] = []
-        # host -> (whose it was, until when an answer or a connection may hold it)
+        # host -> (its service, until when an answer or a connection may hold it)
         self.promised: dict[str, tuple[RemoteName, float]] = {}
 
     def _promise(self) -> None:
@@ -164,7 +165,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(chosen=st.sets(remotes, max_size=20))
     def publish(self, chosen: set[RemoteName]) -> None:
-        self._promise()  # until now the old ones were told and held
+        self._promise()  # until now the old ones were answered and held
         without = self.virtual.publish(chosen)
         self.existing = chosen
         assert without == sum(not self.virtual.addresses(name) for name in chosen)

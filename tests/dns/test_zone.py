@@ -1,10 +1,9 @@
-"""Which names are ours to answer.
+"""Which names the proxy answers.
 
-Rules: whatever form an application uses, the walk of its resolver through the search domains ends
-at the service that the name means; a name that works without the mesh goes on meaning the same; a
-name of another cluster that is not there ends as "does not exist", and nobody in the world is asked
-about it; musl, which an empty answer stops, never meets one before the end.
-"""
+Rules: whatever form an application uses, the search of its resolver through the search domains ends
+at the service that the name means. A name that works without the mesh keeps its meaning. A name of
+another cluster that does not exist ends as "does not exist", and no upstream resolver gets it. musl
+stops at an empty answer, so it gets none before the end."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ def zone(
 def walk(
     asked: Zone, said: str, upstream: frozenset[str] = frozenset(), search: tuple[str, ...] = SEARCH
 ) -> tuple[object, int]:
-    """What a resolver library makes of a name: what it ends with, and after how many questions.
-    ndots:5, as Kubernetes sets it."""
+    """The search of a resolver library for a name: its result, and the number of queries. ndots:5,
+    as Kubernetes sets it."""
     names = (
         [said.rstrip(".")]
         if said.endswith(".")
@@ -88,7 +87,7 @@ def test_the_pods_of_a_local_service_keep_their_names() -> None:
     service `east`."""
     pod = "c.east.default.svc.cluster.local"
     assert walk(zone(("east", "default")), pod, frozenset({pod})) == (pod, 1)
-    # The service of the other cluster is found all the same, where nobody else can be meant.
+    # The service of the other cluster is found all the same, where no other one can be meant.
     assert walk(zone(("east", "default")), "c.east") == (EAST_C, 3)
 
 
@@ -101,7 +100,7 @@ def test_a_namespace_of_the_name_of_a_cluster_can_be_written_in_full() -> None:
 @pytest.mark.parametrize(
     "said", ["gone.east", "gone.shop.east", "x.y.z.east", "_http._tcp.c.east", "c.north", "*.east"]
 )
-def test_what_another_cluster_does_not_have_does_not_exist(said: str) -> None:
+def test_names_that_another_cluster_does_not_have_do_not_exist(said: str) -> None:
     assert walk(zone(), said)[0] is Verdict.NXDOMAIN
     assert zone().judge(said.split(".")) is Verdict.NXDOMAIN
 

@@ -1,5 +1,5 @@
-"""gRPC calls by grpcio, from within a pod: one program at a time, or as a load under which things
-are done to a mesh."""
+"""gRPC calls by grpcio from within a pod: a single client program, or a load during which a test
+changes the mesh."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def status(error):
     return " ".join([error.code().name, *kind])
 """
 
-# Threads that call one after the other over one channel, until a file appears. A line of JSON, a
-# few times a second, says what came of it.
+# Threads that call in sequence over one channel, until a file appears. It prints the results as a
+# line of JSON a few times a second.
 _LOAD = """
 threads, stop, pause = int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
 outcomes, answered, longest, lock, ended = {}, {}, 0.0, threading.Lock(), threading.Event()
@@ -73,12 +73,12 @@ def build(
     lab: Any, *, web: dict[str, Any] | None = None, shop: dict[str, Any] | None = None
 ) -> Pair:
     """A pair whose pod `shop` serves the service `shop`, and with a third pod, `annex`, the service
-    `stock`. Nothing runs yet."""
+    `stock`. Nothing is started."""
     pair = prepare(lab, {GRPC: "detect"}, web=web, shop=shop)
     annex = pair.cluster.pod("annex")
     pair.mesh.join(annex, "shop", **(shop or {}))
-    # A pod that stood still for a moment, as on a busy machine, gets less for a while. Here that is
-    # a short one.
+    # A busy machine may suspend a pod for a moment. Then it gets fewer requests for a while. Here
+    # that while is short.
     pair.mesh.service(
         "stock", [pair.shop, annex], {GRPC: "detect"}, policy={"balancing": {"decay": "1s"}}
     )
@@ -103,27 +103,24 @@ def server(pair: Pair) -> Process:
 async def calling(
     pod: Pod, code: str, *arguments: str, host: str = "shop", port: int = GRPC, timeout: float = 60
 ) -> Any:
-    """Run a client given as text; it finds `shop` (the server's calls, lab.apps.grpc_client) and
-    `status`. What it printed, as JSON."""
+    """Run a client program. It finds `shop` (the server's calls, lab.apps.grpc_client) and
+    `status`. Returns its output, as JSON."""
     return json.loads(
         await python(pod, _BEGIN + code, host, str(port), *arguments, timeout=timeout)
     )
 
 
 async def speaking(pod: Pod, name: str, code: str, *arguments: str, host: str = "shop") -> Process:
-    """Start such a client, and go on."""
+    """Start such a client in the background."""
     return await pod.start(
         name, [sys.executable, "-c", _BEGIN + code, host, str(GRPC), *arguments], env=PROGRAMS
     )
 
 
 class Calls:
-    """`async with Calls(pod, host) as load: ...`: unary calls over one channel, each of them
-    accounted for.
-
-    "OK", or the status with the type of the error in Proxy-Status where there is one ("UNAVAILABLE
-    connection_refused").
-    """
+    """`async with Calls(pod, host) as load: ...`: unary calls over one channel. The outcome of each
+    is recorded: "OK", or the status with the type of the error in Proxy-Status if there is one
+    ("UNAVAILABLE connection_refused")."""
 
     def __init__(
         self, pod: Pod, host: str, *, threads: int = THREADS, pause: float = 0.002
@@ -154,7 +151,7 @@ class Calls:
             await self.stop()
 
     async def stop(self) -> None:
-        """Let the calls that are under way finish."""
+        """Let the calls in progress finish."""
         assert self._process is not None
         self._stop.touch()
         await self._process.wait()

@@ -1,9 +1,8 @@
-"""Two clusters that share the reachability of their gateways and nothing else; the tests of
-test_clusters*.py build on them.
+"""Two clusters that share only the reachability of their gateways. The tests of test_clusters*.py
+use them.
 
-West has clients (`web`) and a service `c`; east has `c` too, and what only east has. East's gateway
-is behind NAT, west's has an address of its own in the wide area.
-"""
+West has clients (`web`) and a service `c`; east has `c` too, and services that only east has.
+East's gateway is behind NAT, west's has an address of its own in the wide area."""
 
 from __future__ import annotations
 
@@ -22,8 +21,9 @@ from tests.e2e.stage import WEB, Curled, curl, eventually, serve
 GRPC, MAIL = 50051, 2525
 HTTP = {WEB: "http1"}
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
-# Back home as soon as something has been usable for a second: tests do not want to wait for ten.
-# And a gateway is not given up because a busy machine keeps it from answering.
+# A service returns home when an endpoint there has been usable for one second: tests do not want to
+# wait for ten. And a gateway must not be marked as failed because a busy machine delays its
+# answers.
 SETTINGS: dict[str, Any] = {
     "clusters": {"settle": "1s", "probe_timeout": "20s"},
     "dns": {},
@@ -32,7 +32,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def clusters(lab: Lab, *names: str, nat: str = "east") -> Clusters:
-    """Linked clusters with a gateway each, that of `nat` behind NAT. Nothing runs yet."""
+    """Linked clusters with a gateway each; the gateway of `nat` is behind NAT. Nothing is
+    started."""
     made = Clusters(lab)
     for name in names:
         made.add(name, nat=name == nat)
@@ -52,25 +53,25 @@ def member(made: Clusters, cluster: str, name: str, **settings: Any) -> Pod:
 
 
 async def web_server(made: Clusters, cluster: str, pod: str = "c", port: int = WEB) -> Process:
-    """A web server in a pod, which says that it is `pod of cluster`."""
+    """A web server in a pod, which identifies itself as `pod of cluster`."""
     return await serve(
         made.pod(cluster, pod), "web", "::", str(port), f"{pod} of {cluster}", port=port, name="web"
     )
 
 
 async def ask(pod: Pod, url: str, *arguments: str) -> dict[str, Any]:
-    """What a server of lab/apps/web.py says of a request to its /head; the answer has to be 200."""
+    """The response of a server of lab/apps/web.py to a request for /head. It must be 200."""
     answer = await curl(pod, *arguments, url)
     assert answer.status == 200, (
         f"{answer.status} {answer.headers.get('proxy-status')} {answer.errors} {answer.body[:300]!r}"
     )
-    said: dict[str, Any] = json.loads(answer.body)
-    return said
+    response: dict[str, Any] = json.loads(answer.body)
+    return response
 
 
-def header(said: dict[str, Any], name: str) -> list[str]:
+def header(response: dict[str, Any], name: str) -> list[str]:
     """The values of a header field as the server got it."""
-    return [value for key, value in said["headers"] if key.lower() == name]
+    return [value for key, value in response["headers"] if key.lower() == name]
 
 
 async def resolved(pod: Pod, name: str, version: int = 4) -> str:
@@ -85,14 +86,14 @@ async def resolved(pod: Pod, name: str, version: int = 4) -> str:
 
 
 async def shares(load: Load, number: int) -> Counter[str]:
-    """Who answers the next requests of a load, at least `number` of them."""
+    """The servers of the next requests of a load, at least `number` of them."""
     before = Counter(load.answered)
     await load.more(number)
     return load.answered - before
 
 
 async def answers_again(pod: Pod, url: str, name: str, timeout: float = 60.0) -> Curled:
-    """Wait until a URL is answered by 200 from this server."""
+    """Wait until this server answers a URL with 200."""
 
     async def probe() -> Curled | None:
         answer = await curl(pod, url)

@@ -1,10 +1,9 @@
 """One laboratory for each file of end-to-end tests: its pods and sidecars are built once and shared
 by the tests of the file.
 
-An async test of pytest-trio has an event loop of its own, and what lives in one loop cannot be used
-from another. So a laboratory gets a loop in a thread of its own, and the async tests in this
-directory are run there.
-"""
+An async test of pytest-trio has its own event loop, and objects of one loop cannot be used from
+another. So a laboratory gets a loop in its own thread, and the async tests in this directory run
+there."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ from lab.sandbox import inside
 
 T = TypeVar("T")
 _HERE = Path(__file__).parent
-_PATIENCE = 240.0  # seconds for one test, on a slow and busy machine; most take less than two
+_PATIENCE = 240.0  # seconds for one test on a slow and busy machine; most take less than two
 
 
 class Laboratory:
-    """A laboratory with a thread and a loop of its own. `run` calls an async function there, and
+    """A laboratory with its own thread and event loop. `run` calls an async function there, and
     waits."""
 
     lab: Lab

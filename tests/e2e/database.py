@@ -1,4 +1,4 @@
-"""A real PostgreSQL in a pod, and its own client in another one."""
+"""A real PostgreSQL in a pod, and its client in another one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def find_initdb() -> Path:
 
 
 async def postgres(pod: Pod) -> None:
-    """Debian's PostgreSQL, as somebody who is not root, with a password so that the authentication
-    is a conversation too."""
+    """Debian's PostgreSQL as an ordinary user, with a password, so that authentication is a
+    dialogue too."""
     initdb = find_initdb()
     data, password = pod.directory / "data", pod.directory / "password"
     password.write_text("tangerine\n")
@@ -78,7 +78,7 @@ async def psql(
     sslmode: str = "prefer",
     stdin: bytes = b"",
 ) -> Completed:
-    """Run psql in a pod; without `sql` it reads its commands from `stdin`."""
+    """Run psql in a pod. Without `sql` it reads its commands from `stdin`."""
     target = (
         f"host={host} port={port} user=tester dbname=postgres sslmode={sslmode} connect_timeout=10"
     )

@@ -1,5 +1,5 @@
-"""Software from Debian's packages that forwards what it gets, to wherever it is told: nginx,
-HAProxy and socat, in the lab's pods."""
+"""Software from Debian's packages that forwards what it gets to a configured target: nginx, HAProxy
+and socat, in the lab's pods."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lab.sandbox import rootless
 
 
 async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") -> Process:
-    """An nginx that listens on some ports, each with what stands in its `location /` (a line of
-    configuration). Ports of HTTP/2 have `http2` as the first word. `upstreams` stands before the
-    servers. `requests` counts what it was asked."""
+    """An nginx that listens on some ports. Each port has the contents of its `location /` (a line
+    of configuration). HTTP/2 ports have `http2` as the first word. `upstreams` is put before the
+    servers. `requests` counts the requests."""
     home = pod.directory / "nginx"
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
@@ -25,8 +25,8 @@ async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") 
         servers.append(
             f"server {{ listen {port}{http2}; listen [::]:{port}{http2}; location / {{ {line} }} }}"
         )
-    # Started as root it gives its directories to `nobody`, who does not exist where there is one
-    # user id only.
+    # As root, nginx gives its directories to an unprivileged user. A namespace with only one user id
+    # does not have that user.
     user = "user root; " if rootless() else ""
     temporary = " ".join(
         f"{kind}_temp_path {home}/{kind};"
@@ -46,14 +46,13 @@ async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") 
 
 
 def requests(pod: Pod, port: int) -> int:
-    """How many requests the pod's nginx has answered on `port`. It writes them down when they are
-    over."""
+    """How many requests the pod's nginx has answered on `port`. It logs them when they are over."""
     return (pod.directory / "nginx" / "access").read_text().split().count(str(port))
 
 
 async def haproxy(pod: Pod, targets: Mapping[int, str]) -> Process:
-    """An HAProxy whose ports forward HTTP to `host:port`; with ` proto h2` behind it, both sides
-    speak HTTP/2."""
+    """An HAProxy whose ports forward HTTP to `host:port`. With the suffix ` proto h2`, both sides
+    use HTTP/2."""
     home = pod.directory / "haproxy"
     home.mkdir(exist_ok=True)
     sections = [
@@ -80,6 +79,6 @@ async def haproxy(pod: Pod, targets: Mapping[int, str]) -> Process:
 
 
 async def relay(pod: Pod, port: int, host: str, target: int) -> Process:
-    """A socat that relays each connection to `port` on to (host, target)."""
+    """A socat that relays each connection from `port` to (host, target)."""
     listen = f"TCP6-LISTEN:{port},ipv6only=0,fork,reuseaddr,backlog=256"
     return await pod.start(f"socat-{port}", ["socat", listen, f"TCP:{host}:{target}"], port=port)

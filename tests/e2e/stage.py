@@ -1,5 +1,5 @@
-"""What the end-to-end tests build and look at: pairs of meshed pods, what curl saw, what a proxy
-counted and logged."""
+"""What the end-to-end tests build and inspect: pairs of meshed pods, the results of curl, the
+metrics and logs of proxies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lab.sidecar import Sidecar
 WEB, SOCKET, ECHO, MAIL = 8080, 9000, 7000, 2525
 PROGRAMS = PACKAGES
 LAST_GET = b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n"
-# Sidecars are told by the environment, like everything that runs in the laboratory.
+# Sidecars get it by the environment, like everything that runs in the laboratory.
 FAST_PATH = os.environ.get("ISTHMUS_FAST_PATH", "true") == "true"
 _numbers = count(1)
 
@@ -56,8 +56,8 @@ def prepare(
     web: Mapping[str, Any] | None = None,
     shop: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """A pair in a cluster of its own; `web` and `shop` are laid over the configurations. Nothing
-    runs yet."""
+    """A pair in its own cluster. `web` and `shop` are merged over the configurations. Nothing is
+    started."""
     cluster = lab.cluster(f"c{next(_numbers)}")
     mesh = Mesh(cluster)
     first, second = cluster.pod("web"), cluster.pod("shop")
@@ -67,7 +67,7 @@ def prepare(
 
 
 async def web_and_echo(lab: Lab) -> Pair:
-    """A running pair whose `shop` serves HTTP, and bytes that come back."""
+    """A running pair whose `shop` serves HTTP and an echo server."""
     pair = prepare(lab, {WEB: "detect", ECHO: "opaque"})
     await web_server(pair.shop)
     await echo_server(pair.shop)
@@ -87,7 +87,7 @@ async def web_server(pod: Pod, port: int = WEB) -> Process:
 
 
 async def client(pod: Pod, what: str, *arguments: str, timeout: float = 60) -> dict[str, Any]:
-    """Run one of the laboratory's clients (lab.apps.client) in a pod: what it says it saw."""
+    """Run one of the laboratory's clients (lab.apps.client) in a pod. Returns what it prints."""
     done = await pod.run(
         [sys.executable, "-m", "lab.apps.client", what, *arguments], env=PROGRAMS, timeout=timeout
     )
@@ -97,7 +97,7 @@ async def client(pod: Pod, what: str, *arguments: str, timeout: float = 60) -> d
 
 
 async def python(pod: Pod, code: str, *arguments: str, timeout: float = 60) -> str:
-    """Run a Python program given as text; what it printed."""
+    """Run a Python program in a pod. Returns its output."""
     done = await pod.run_python(code, *arguments, timeout=timeout)
     assert done.ok, done.stderr.decode()
     return done.text
@@ -115,7 +115,7 @@ for _ in range(int(sys.argv[3])):
 
 
 async def ask_again_and_again(pair: Pair, times: int) -> None:
-    """Plain requests, on one connection."""
+    """Repeated plain requests on one connection."""
     await python(pair.web, ASK, pair.service.ipv4, str(WEB), str(times))
 
 
@@ -124,8 +124,7 @@ async def ask_again_and_again(pair: Pair, times: int) -> None:
 
 @dataclass(frozen=True)
 class Curled:
-    """What curl saw of its last answer. `exit` is curl's exit code, `errors` what it complained
-    of."""
+    """The last response that curl got. `exit` is curl's exit code, `errors` its error messages."""
 
     exit: int
     status: int
@@ -136,14 +135,13 @@ class Curled:
 
     @property
     def error(self) -> str:
-        """The error type in Proxy-Status (RFC 9209); empty if the answer was not made by a
-        proxy."""
+        """The error type in Proxy-Status (RFC 9209); empty if no proxy made the response."""
         return proxy_error(self.headers.get("proxy-status", [""])[0])
 
 
 async def curl(pod: Pod, *arguments: str, stdin: bytes = b"", timeout: float = 30) -> Curled:
-    """Run curl in a pod. Its own report goes behind a NUL on standard error, so that neither body
-    nor complaints can be mistaken for it."""
+    """Run curl in a pod. Its report follows a NUL on standard error, so that it differs from bodies
+    and error messages."""
     report = "%{stderr}\\0%{json}%{header_json}".replace("\\0", "\x01")
     done = await pod.run(
         ["curl", "-sS", "-m", str(timeout - 5), "-w", report, *arguments],
@@ -156,7 +154,7 @@ async def curl(pod: Pod, *arguments: str, stdin: bytes = b"", timeout: float = 3
     return Curled(done.returncode, info["response_code"], headers, done.stdout, info, errors)
 
 
-# What a proxy counted and logged...
+# Metrics and logs of a proxy...
 
 
 async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
@@ -174,13 +172,12 @@ async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
 
 
 async def on_fast_path(sidecar: Sidecar) -> float:
-    """Exchanges that have been finished on the fast path."""
+    """Exchanges that have finished on the fast path."""
     return await counted(sidecar, "isthmus_fast_path_exchanges_total", end="finished")
 
 
 async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:
-    """Wait for a line of the log in which `text` stands somewhere and these facts are as given;
-    that line."""
+    """Wait for a log line that contains `text` and has these facts. Returns the line."""
 
     def find() -> dict[str, Any] | None:
         for line in reversed(sidecar.logged()):
@@ -194,7 +191,7 @@ async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]
 
 
 async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0) -> Any:
-    """Ask `probe` (sync or async) until its answer is true; that answer."""
+    """Call `probe` (sync or async) until its result is true. Returns the result."""
     with trio.move_on_after(timeout):
         while True:
             answer = probe()
@@ -209,20 +206,17 @@ async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0)
 # Raw connections...
 
 
-async def say(
+async def exchange_raw(
     pod: Pod, host: str, port: int, data: bytes, *, patience: float = 30.0, end: bool = False
 ) -> bytes:
-    """Connect from a pod, send `data`, and read until the other side ends or resets the connection;
-    what came.
-
-    Fails if it does not end within `patience` seconds. `end`: say at once that there is no more to
-    come.
-    """
-    heard = b""
+    """Connect from a pod, send `data`, and read until the other side ends or resets the connection.
+    Returns what was read. Fails if the connection does not end within `patience` seconds. `end`:
+    half-close at once after `data`."""
+    received = b""
     try:
         stream = await pod.connect(host, port)
-    except ConnectionResetError:  # it was made, and reset before we looked
-        return heard
+    except ConnectionResetError:  # it was open, and reset before the read
+        return received
     async with stream:
         with trio.fail_after(patience):
             try:
@@ -230,10 +224,10 @@ async def say(
                 if end:
                     await stream.send_eof()
                 while piece := await stream.receive_some():
-                    heard += piece
+                    received += piece
             except trio.BrokenResourceError:
                 pass
-    return heard
+    return received
 
 
 ECHO_SERVER = """
@@ -262,10 +256,8 @@ async def echo_server(pod: Pod, port: int = ECHO) -> Process:
 
 @dataclass
 class Health:
-    """What a pair's proxies have counted and logged before a test, and the check afterwards.
-
-    The check is the teardown of each test, so the tests of a module can run in any order.
-    """
+    """The metrics and logs of a pair's proxies before a test, and the check afterwards. The check
+    is the teardown of each test, so the tests of a module can run in any order."""
 
     pair: Pair
     clear: dict[str, float]
@@ -296,7 +288,7 @@ class Health:
 
     async def nothing_wrong(self, *levels: str) -> None:
         """Check that there was no internal error, no exception in the log and no line of one of
-        these levels, and wait until no connection of a pool is in use."""
+        these levels. Wait until no pooled connection is in use."""
         for sidecar in self.pair.both:
             assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
             new = sidecar.logged()[self.lines[sidecar.pod.name] :]

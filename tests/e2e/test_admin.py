@@ -14,9 +14,9 @@ from tests.e2e.stage import (
     curl,
     echo_server,
     eventually,
+    exchange_raw,
     logged,
     prepare,
-    say,
     web_server,
 )
 from tests.kit.build import COMPILED
@@ -82,7 +82,8 @@ async def test_it_is_reached_from_outside_without_the_mesh(pair: Pair, version: 
 async def test_a_pod_of_the_mesh_reaches_the_admin_port_of_another_one(
     pair: Pair, version: int
 ) -> None:
-    """By the pod's address, and by a service that has it as its target: nothing ends TLS there."""
+    """By the pod's address, and by a service that has it as its target: no sidecar ends TLS
+    there."""
     address = pair.shop.address(version)
     host = f"[{address}]" if version == 6 else address
     for path, body in (("/live", b"live\n"), ("/ready", b"ready\n")):
@@ -105,7 +106,7 @@ async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_s
     pair.near.write_directory(document)
     await logged(pair.near, f"at [{PLAIN}], now in skip_ports")
     assert (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 502, (
-        "a pod in use goes over to clear text by name only"
+        "a pod in use moves to clear text only by name"
     )
     document["allow_identity_loss"] = ["default/shop"]
     pair.near.write_directory(document)
@@ -113,17 +114,17 @@ async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_s
     async def answered() -> bool:
         return (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 200
 
-    await eventually(answered, "the directory is taken")
+    await eventually(answered, "the directory is loaded")
     seen = await curl(pair.web, f"http://shop:{WEB}/")
     assert seen.status == 200
     line = await logged(pair.near, "200", direction="outbound", authority=f"shop:{WEB}")
     assert line["upstream_identity"] == str(pair.far.identity), (
-        "all other ports are spoken to by mutual TLS as before"
+        "all other ports are dialled with mutual TLS as before"
     )
 
 
-async def test_what_is_wrong_with_a_request_is_answered_there_too(pair: Pair) -> None:
-    assert (await say(pair.shop, "127.0.0.1", 4191, b"nonsense\r\n\r\n")).startswith(
+async def test_bad_requests_get_an_error_response_there_too(pair: Pair) -> None:
+    assert (await exchange_raw(pair.shop, "127.0.0.1", 4191, b"nonsense\r\n\r\n")).startswith(
         b"HTTP/1.1 400"
     )
     assert (await curl(pair.shop, f"{ADMIN}/live")).status == 200
@@ -145,7 +146,8 @@ async def test_the_metrics_can_be_parsed_and_keep_prometheus_rules(pair: Pair) -
     assert missing == set()
     assert "process_resident_memory_bytes" in families
     (build,) = families["isthmus_build_info"].samples
-    assert build.labels["compiled"] == ("yes" if COMPILED else "no")  # what is tested is what runs
+    # The running version is the one under test
+    assert build.labels["compiled"] == ("yes" if COMPILED else "no")
     assert build.labels["tls"] == LIBRARY
 
 

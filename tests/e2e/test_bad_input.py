@@ -1,14 +1,14 @@
-"""Malformed, oversized and slow input through two sidecars: each gets its own clear answer, the
-application hears nothing of it, and all other connections go on.
+"""Malformed, oversized and slow input through two sidecars: each gets a clear error response, the
+application gets none of it, and all other connections continue.
 
-Rules: bytes are sent as they stand here; the first proxy answers (Proxy-Status names it); a good
-request is made behind each attack.
-"""
+Rules: bytes are sent exactly as written here; the first proxy responds (Proxy-Status names it); a
+good request follows each attack."""
 
 from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -23,17 +23,17 @@ from tests.e2e.stage import (
     counted,
     echo_server,
     eventually,
+    exchange_raw,
     logged,
     prepare,
-    say,
     web_server,
 )
 
 pytestmark = pytest.mark.lab
 
 QUICK = {"head_timeout": "600ms", "body_timeout": "600ms", "linger_timeout": "1s"}
-# Bytes that a client can send behind a refusal: linger's first MiB, a second of its 4 MiB/s, and
-# the kernel's buffers on both sides.
+# Bytes that a client can send after a refusal: linger's first MiB, a second of its 4 MiB/s, and the
+# kernel's buffers on both sides.
 LINGERING = 5 * 2**20 + 12 * 2**20
 HEAD = b"POST /sink HTTP/1.1\r\nHost: shop\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
@@ -42,8 +42,8 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        # The first proxy alone is in a hurry: with two it would be chance which of them notices.
-        # And only where that is to be seen.
+        # Only the first proxy has short timeouts: with two it would not be certain which of them
+        # ends the request. They are short only in these tests.
         pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
         pair.cluster.pod("stranger")
         pair.mesh.join(pair.cluster.pod("hasty"), http=QUICK)
@@ -55,9 +55,22 @@ def pair(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
+@pytest.fixture(autouse=True)
+def no_internal_error(laboratory: Laboratory, pair: Pair) -> Iterator[None]:
+    """After each test: no attack has ended a proxy or caused an internal error."""
+    yield
+    for sidecar in pair.mesh.sidecars.values():
+        assert sidecar.running().alive
+        assert [
+            line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line
+        ] == []
+        internal = laboratory.run(counted, sidecar, "isthmus_errors_total", reason="internal")
+        assert internal == 0
+
+
 async def attack(pair: Pair, data: bytes, pod: str = "web") -> bytes:
-    """What the shop's service answers to these bytes until it ends the connection."""
-    return await say(pair.cluster.pods[pod], pair.service.ipv4, WEB, data)
+    """The response to these bytes from the shop's service, until it ends the connection."""
+    return await exchange_raw(pair.cluster.pods[pod], pair.service.ipv4, WEB, data)
 
 
 async def requests(sidecar: Sidecar, direction: str) -> float:
@@ -143,9 +156,7 @@ VECTORS = {
 
 
 @pytest.mark.parametrize("name", VECTORS)
-async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_proxy(
-    pair: Pair, name: str
-) -> None:
+async def test_ambiguous_requests_are_refused_by_the_first_proxy(pair: Pair, name: str) -> None:
     before = await counted(pair.far, "isthmus_responses_total", status_class="2xx")
     bad = await bad_requests(pair)
     answer = await attack(pair, VECTORS[name])
@@ -153,7 +164,7 @@ async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_p
     assert b"web.default.outbound;error=http_request_error" in answer
     assert (
         len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1
-    )  # and nothing behind it was taken for a request
+    )  # and no bytes after it were taken for a request
     assert await counted(pair.far, "isthmus_responses_total", status_class="2xx") == before
     assert await bad_requests(pair) == bad + 1
     assert not any(
@@ -162,7 +173,7 @@ async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_p
     await goes_on(pair)
 
 
-async def test_the_log_says_what_was_wrong(pair: Pair) -> None:
+async def test_the_log_has_the_reason(pair: Pair) -> None:
     assert status(await attack(pair, VECTORS["bare-line-feed"])) == 400
     assert (await logged(pair.near, "bare LF", status=400))["reason"] == "bad_request"
 
@@ -189,7 +200,9 @@ async def test_the_log_says_what_was_wrong(pair: Pair) -> None:
         "a coding below chunked",
     ],
 )
-async def test_too_much_or_too_new_is_told_so(pair: Pair, data: bytes, expected: int) -> None:
+async def test_too_large_and_too_new_requests_are_answered_as_such(
+    pair: Pair, data: bytes, expected: int
+) -> None:
     before = await requests(pair.far, "inbound")
     answer = await attack(pair, data)
     assert status(answer) == expected, answer[:300]
@@ -231,15 +244,14 @@ async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -
     await goes_on(pair, "hasty")
 
 
-async def test_what_does_not_begin_as_http_is_the_servers_business(pair: Pair) -> None:
-    """Bytes go through as they are, so there is no second reading of them that a proxy could get
-    wrong."""
+async def test_bytes_that_do_not_start_like_http_are_forwarded_to_the_server(pair: Pair) -> None:
+    """Bytes pass unchanged, so no proxy parses them."""
     answer = await attack(pair, b"hello\r\n")
     assert b"Bad request syntax" in answer
     assert b"Proxy-Status" not in answer
 
 
-async def test_what_looks_like_http_to_some_is_refused_before_the_server_sees_it(
+async def test_bytes_that_some_servers_take_for_http_are_refused_before_the_server(
     pair: Pair,
 ) -> None:
     answer = await attack(pair, b"get /a b HTTP/1.1\r\nHost: shop\r\n\r\n")
@@ -304,17 +316,17 @@ async def test_a_crowd_of_slow_clients_leaves_room_for_the_others(pair: Pair) ->
         "half a preface",
     ],
 )
-async def test_bytes_that_are_no_tls_harm_nobody(pair: Pair, data: bytes) -> None:
-    """From outside the mesh, to the inbound listener. They are no TLS for this workload, so they
-    are the application's business."""
+async def test_bytes_that_are_not_tls_do_no_harm(pair: Pair, data: bytes) -> None:
+    """From outside the mesh, to the inbound listener. They are not TLS for this workload, so they
+    go to the application."""
     stranger = pair.cluster.pods["stranger"]
-    await say(stranger, pair.shop.ipv4, WEB, data, end=True)
-    await say(stranger, pair.shop.ipv4, ECHO, data, end=True)
+    await exchange_raw(stranger, pair.shop.ipv4, WEB, data, end=True)
+    await exchange_raw(stranger, pair.shop.ipv4, ECHO, data, end=True)
     await goes_on(pair)
     assert pair.far.running().alive
 
 
-async def test_a_hello_for_us_that_goes_wrong_behind_it_is_told_by_the_log(pair: Pair) -> None:
+async def test_a_mesh_handshake_that_fails_after_its_hello_is_logged(pair: Pair) -> None:
     assert pair.far.identity is not None
     outgoing = ssl.MemoryBIO()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -326,22 +338,14 @@ async def test_a_hello_for_us_that_goes_wrong_behind_it_is_told_by_the_log(pair:
     hello = outgoing.read()
     stranger = pair.cluster.pods["stranger"]
     before = await counted(pair.far, "isthmus_tls_failures_total", direction="inbound")
-    await say(stranger, pair.shop.ipv4, WEB, hello + b"\x17\x03\x03\x00\x20" + b"\xaa" * 32)
-    await say(stranger, pair.shop.ipv4, WEB, hello + b"GET / HTTP/1.1\r\n\r\n")
-    await say(stranger, pair.shop.ipv4, WEB, hello, end=True)
+    await exchange_raw(
+        stranger, pair.shop.ipv4, WEB, hello + b"\x17\x03\x03\x00\x20" + b"\xaa" * 32
+    )
+    await exchange_raw(stranger, pair.shop.ipv4, WEB, hello + b"GET / HTTP/1.1\r\n\r\n")
+    await exchange_raw(stranger, pair.shop.ipv4, WEB, hello, end=True)
     await eventually(lambda: _failures(pair, before + 3), "three failed handshakes counted")
     await goes_on(pair)
 
 
 async def _failures(pair: Pair, number: float) -> bool:
     return await counted(pair.far, "isthmus_tls_failures_total", direction="inbound") >= number
-
-
-async def test_no_bug_was_reported_and_nobody_was_restarted(pair: Pair) -> None:
-    """The last test of the file: nothing of all this was a surprise."""
-    for sidecar in pair.mesh.sidecars.values():
-        assert sidecar.running().alive
-        assert [
-            line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line
-        ] == []
-        assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

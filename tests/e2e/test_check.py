@@ -1,8 +1,7 @@
 """`isthmus check` and `isthmus intercept` in a pod of a running mesh.
 
-Rules: the real commands, as root in the pod; each fault is made, found by its own words and the
-exit code, and mended.
-"""
+Rules: the real commands run as root in the pod. Each fault is made, found with its message and exit
+code, and repaired."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ import trio
 from lab.faults import broken_directory, expired_certificate
 from lab.pod import CLI, OPERATOR, PACKAGES, Pod
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, Pair, say, web_and_echo
+from tests.e2e.stage import ECHO, Pair, exchange_raw, web_and_echo
 
 pytestmark = pytest.mark.lab
 
@@ -27,7 +26,7 @@ def pair(laboratory: Laboratory) -> Pair:
 
 
 async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]], str]:
-    """The command's exit code, its results by name, and everything it said."""
+    """The command's exit code, its results by name, and its whole output."""
     command = [
         *CLI,
         "check",
@@ -52,8 +51,8 @@ def failed(results: dict[str, list[dict[str, Any]]]) -> set[str]:
 
 
 async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
-    code, results, said = await check(pair)
-    assert (code, failed(results)) == (0, set()), said
+    code, results, output = await check(pair)
+    assert (code, failed(results)) == (0, set()), output
     assert set(results) == {
         "configuration",
         "certificates",
@@ -66,13 +65,13 @@ async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
     }
     (names,) = results.pop("names")
     assert (names["status"], "no section `dns`" in names["what"]) == ("skipped", True)
-    assert {each["status"] for found in results.values() for each in found} == {"ok"}, said
+    assert {each["status"] for found in results.values() for each in found} == {"ok"}, output
     peers = [each["what"] for each in results["peers"]]
     assert len(peers) == 4  # two ports, two addresses
     assert all("mutual TLS, TLSv1.3, X25519MLKEM768" in each for each in peers)
 
 
-async def test_it_says_so_in_words_too(pair: Pair) -> None:
+async def test_it_prints_text_too(pair: Pair) -> None:
     command = [*CLI, "check", "--config", str(pair.near.config_file)]
     done = await pair.web.run(command, user=OPERATOR, env=PACKAGES, timeout=120)
     assert done.returncode == 0
@@ -82,9 +81,9 @@ async def test_it_says_so_in_words_too(pair: Pair) -> None:
 async def test_rules_that_are_missing_are_found(pair: Pair) -> None:
     await pair.web.intercept("--remove")
     try:
-        code, results, said = await check(pair)
-        assert (code, failed(results)) == (1, {"redirection"}), said
-        assert any("isthmus intercept" in each["remedy"] for each in results["redirection"]), said
+        code, results, output = await check(pair)
+        assert (code, failed(results)) == (1, {"redirection"}), output
+        assert any("isthmus intercept" in each["remedy"] for each in results["redirection"]), output
     finally:
         with trio.move_on_after(60, shield=True):
             await pair.web.intercept("--config", str(pair.near.config_file))
@@ -93,8 +92,8 @@ async def test_rules_that_are_missing_are_found(pair: Pair) -> None:
 
 async def test_a_certificate_that_has_expired_is_found(pair: Pair) -> None:
     with expired_certificate(pair.near):
-        code, results, said = await check(pair)
-    assert code == 1, said
+        code, results, output = await check(pair)
+    assert code == 1, output
     assert "certificates" in failed(results)
     assert any("expired" in each["what"] for each in results["certificates"])
 
@@ -103,11 +102,11 @@ async def test_a_peer_that_is_dead_is_found(pair: Pair) -> None:
     pair.far.running().kill()
     await pair.far.running().wait()
     try:
-        code, results, said = await check(pair)
+        code, results, output = await check(pair)
     finally:
         with trio.move_on_after(60, shield=True):
             await pair.far.start(intercept=False)
-    assert (code, failed(results)) == (1, {"peers"}), said
+    assert (code, failed(results)) == (1, {"peers"}), output
     assert all(
         str(pair.far.identity) in each["what"] and "refused" in each["what"]
         for each in results["peers"]
@@ -115,36 +114,36 @@ async def test_a_peer_that_is_dead_is_found(pair: Pair) -> None:
     assert (await check(pair, "--only", "peers"))[0] == 0
 
 
-async def test_a_peer_that_is_somebody_else_is_found(pair: Pair) -> None:
+async def test_a_peer_with_another_identity_is_found(pair: Pair) -> None:
     good = pair.near.directory_file.read_bytes()
     pair.near.write(pair.near.directory_file, good.replace(b"sa/shop", b"sa/bank"))
     try:
-        code, results, said = await check(pair)
+        code, results, output = await check(pair)
     finally:
         pair.near.write(pair.near.directory_file, good)
-    assert (code, failed(results)) == (1, {"peers"}), said
+    assert (code, failed(results)) == (1, {"peers"}), output
 
 
 async def test_a_broken_directory_is_found(pair: Pair) -> None:
     with broken_directory(pair.near):
-        code, results, said = await check(pair)
+        code, results, output = await check(pair)
     assert code == 1
-    assert "directory" in failed(results), said
+    assert "directory" in failed(results), output
     assert any(str(pair.near.directory_file) in each["what"] for each in results["directory"])
 
 
 async def test_a_proxy_that_does_not_run_yet_can_be_checked_for(pair: Pair) -> None:
-    """As an init container does it, behind `isthmus intercept`."""
+    """As an init container does it, after `isthmus intercept`."""
     await pair.near.running().aclose()
     try:
-        code, results, said = await check(
+        code, results, output = await check(
             pair, "--only", "configuration", "--only", "certificates", "--only", "redirection"
         )
     finally:
         with trio.move_on_after(60, shield=True):
             await pair.near.start(intercept=False)
-    assert (code, failed(results)) == (0, set()), said
-    assert {each["status"] for each in results["redirection"]} == {"ok"}, said
+    assert (code, failed(results)) == (0, set()), output
+    assert {each["status"] for each in results["redirection"]} == {"ok"}, output
 
 
 def rules(pod: Pod) -> str:
@@ -162,7 +161,7 @@ async def test_removing_the_rules_leaves_nothing_and_the_pod_as_it_was(pair: Pai
     assert rules(pair.shop) == ""
     stranger = pair.cluster.pod("stranger")
     assert (
-        await say(stranger, pair.shop.ipv4, ECHO, b"without a proxy", end=True)
+        await exchange_raw(stranger, pair.shop.ipv4, ECHO, b"without a proxy", end=True)
         == b"without a proxy"
     )
     await pair.shop.intercept("--config", str(pair.far.config_file))

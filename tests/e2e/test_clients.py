@@ -1,9 +1,7 @@
 """Ordinary HTTP clients, unmodified, through two sidecars to ordinary servers.
 
-Rules: the client runs in one pod, the server in another, both behind real interception; the address
-is the service's, which nobody has; and every test says how it knows that the answer is the server's
-own.
-"""
+Rules: the client runs in one pod, the server in another, both behind real interception. The address
+is the service's, which no interface has. Every test shows that the response is the server's own."""
 
 from __future__ import annotations
 
@@ -25,9 +23,9 @@ from tests.e2e.stage import (
     client,
     counted,
     curl,
+    exchange_raw,
     prepare,
     python,
-    say,
     serve,
     web_server,
 )
@@ -52,7 +50,7 @@ http {
 }
 """
 
-# The standard library's server as it comes: it sends 100 Continue at once, and writes without a
+# The standard library's server without changes: it sends 100 Continue at once, and writes without a
 # buffer.
 POLITE_SERVER = """
 import hashlib, json, socket, sys
@@ -148,7 +146,7 @@ async def test_a_head_has_the_length_and_no_body(pair: Pair) -> None:
     seen = await curl(pair.web, "-I", url("/digits"))
     assert (seen.status, seen.headers["content-length"]) == (200, ["10"])
     again = await curl(pair.web, "-I", url("/digits"), "--next", "-sS", url("/digits"))
-    assert again.body.endswith(b"0123456789")  # the connection is in step behind it
+    assert again.body.endswith(b"0123456789")  # the next request on the connection works
 
 
 @VERSIONS
@@ -293,7 +291,9 @@ async def test_wrk_over_64_connections_without_one_error(pair: Pair) -> None:
 
 
 async def test_a_request_goes_by_mutual_tls(pair: Pair) -> None:
-    assert (await say(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(b"HTTP/1.1 200 ")
+    assert (await exchange_raw(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(
+        b"HTTP/1.1 200 "
+    )
     mutual = await counted(
         pair.far,
         "isthmus_connections_opened_total",

@@ -1,9 +1,8 @@
-"""Two clusters joined by their gateways: names, protocols, who gets in, who is known to whom.
+"""Two clusters joined by their gateways: names, protocols, access and identities.
 
-Rules: ordinary programs in ordinary pods, which know a name and nothing else; the servers say who
-they are and what they got; who was verified by whom is read from the logs of each proxy. Splits and
-failures have files of their own.
-"""
+Rules: ordinary programs in ordinary pods, which know only a name. The servers report who they are
+and what they got. The log of each proxy shows which peers it has verified. Splits and failures have
+their own files."""
 
 from __future__ import annotations
 
@@ -94,29 +93,29 @@ def web(made: Clusters) -> Pod:
 async def test_a_service_of_the_other_cluster_has_all_its_names(
     made: Clusters, name: str, version: str
 ) -> None:
-    said = await ask(web(made), f"http://{name}:{WEB}/head", version)
-    assert said["name"] == "c of east"
-    assert header(said, "host") == [f"c.default.svc.cluster.local:{WEB}"]
+    response = await ask(web(made), f"http://{name}:{WEB}/head", version)
+    assert response["name"] == "c of east"
+    assert header(response, "host") == [f"c.default.svc.cluster.local:{WEB}"]
 
 
-async def test_a_name_that_nobody_has_is_not_resolved(made: Clusters) -> None:
+async def test_an_unknown_name_is_not_resolved(made: Clusters) -> None:
     for name in ("hidden.east", "nobody.east", "c.north"):
         assert (await curl(web(made), f"http://{name}:{WEB}/")).exit == 6, name
 
 
 async def test_http_needs_no_name_service(made: Clusters) -> None:
-    """A client that dials the gateway itself says by its authority which of the services behind it
-    is meant."""
-    said = await ask(
+    """A client that dials the gateway itself selects one of the services behind it by its
+    authority."""
+    response = await ask(
         web(made), f"http://c.east:{WEB}/head", "--connect-to", f"::{made.legs['east'].ipv4}:14143"
     )
-    assert said["name"] == "c of east"
+    assert response["name"] == "c of east"
 
 
 async def test_an_authority_chooses_nothing_at_an_address_outside_of_the_mesh(
     made: Clusters,
 ) -> None:
-    """As a reverse proxy sends it that keeps the Host of an outsider. No route leads to the
+    """As a reverse proxy sends it that keeps the Host of a foreign name. No route leads to the
     address."""
     for authority in (f"c.east:{WEB}", f"c:{WEB}", f"c.default.svc.cluster.local:{WEB}"):
         for version in ("--http1.1", "--http2-prior-knowledge"):
@@ -136,8 +135,8 @@ async def test_an_authority_chooses_nothing_at_an_address_outside_of_the_mesh(
 
 
 async def test_http2_by_prior_knowledge_to_a_server_of_http1(made: Clusters) -> None:
-    said = await ask(web(made), f"http://c.east:{WEB}/head", "--http2-prior-knowledge")
-    assert said["name"] == "c of east"
+    response = await ask(web(made), f"http://c.east:{WEB}/head", "--http2-prior-knowledge")
+    assert response["name"] == "c of east"
 
 
 async def test_grpc_in_all_its_kinds(made: Clusters) -> None:
@@ -163,7 +162,7 @@ async def test_psql_moves_a_large_table(made: Clusters) -> None:
     assert done.stdout == rows, done.stderr.decode()
 
 
-async def test_a_server_that_speaks_first_is_heard_at_once(made: Clusters) -> None:
+async def test_the_first_bytes_of_a_server_arrive_at_once(made: Clusters) -> None:
     seen = await client(web(made), "mail", "db.east", str(MAIL), "tangerine")
     assert seen.get("refused") == 0, seen
 
@@ -178,12 +177,12 @@ async def test_large_bodies_go_through_unchanged(made: Clusters) -> None:
 async def test_the_other_way_round_through_the_gateway_with_an_address_of_its_own(
     made: Clusters,
 ) -> None:
-    said = await ask(made.pod("east", "c"), f"http://home.west:{WEB}/head")
-    assert said["name"] == "home of west"
-    assert header(said, "isthmus-client-id") == [f"{ID}c"]
+    response = await ask(made.pod("east", "c"), f"http://home.west:{WEB}/head")
+    assert response["name"] == "home of west"
+    assert header(response, "isthmus-client-id") == [f"{ID}c"]
 
 
-# Who is known to whom...
+# Identities...
 
 
 async def test_the_three_proxies_have_verified_each_other(made: Clusters) -> None:
@@ -194,7 +193,8 @@ async def test_the_three_proxies_have_verified_each_other(made: Clusters) -> Non
     third = await logged(made.sidecar("east", "c"), "/head/hops", direction="inbound")
     assert (first["upstream_identity"], second["identity"]) == (GATEWAY, f"{ID}web")
     assert (second["upstream_identity"], third["identity"]) == (f"{ID}c", GATEWAY)
-    # It is behind NAT: west's sidecar went to the border, and the gateway saw west's border come.
+    # East is behind NAT: west's sidecar connected to the border, and the gateway saw a connection
+    # from west's border.
     leg, border = made.legs["east"], made.lab.wide_area().border(made.meshes["west"].cluster).leg
     assert first["upstream"] == f"{leg.ipv4}:14143"
     assert second["peer"].startswith(f"{border.ipv4}:")
@@ -219,10 +219,10 @@ async def test_opaque_bytes_are_carried_between_verified_identities_too(made: Cl
     assert (third["protocol"], third["tls"]) == ("isthmus-tcp-confirmed", "TLSv1.3")
 
 
-async def test_the_server_learns_who_asked_and_by_what_way(made: Clusters) -> None:
-    said = await ask(web(made), f"http://c.east:{WEB}/head")
-    assert header(said, "isthmus-client-id") == [f"{ID}web"]
-    (way,) = header(said, "forwarded")
+async def test_the_server_gets_the_identity_and_the_path_of_the_request(made: Clusters) -> None:
+    response = await ask(web(made), f"http://c.east:{WEB}/head")
+    assert header(response, "isthmus-client-id") == [f"{ID}web"]
+    (way,) = header(response, "forwarded")
     assert "by=" in way
     assert "web.default.sa.cluster.local" in way
 
@@ -231,10 +231,10 @@ FORGED = ["isthmus-client-id", "Isthmus-Client-ID", "l5d-client-id", "isthmus_cl
 
 
 @pytest.mark.parametrize("name", FORGED)
-async def test_nobody_can_say_that_he_is_somebody_else(made: Clusters, name: str) -> None:
-    said = await ask(web(made), f"http://c.east:{WEB}/head", "-H", f"{name}: {ID}boss")
-    assert header(said, "isthmus-client-id") == [f"{ID}web"]
-    assert f"{ID}boss" not in json.dumps(said)
+async def test_no_client_can_claim_another_identity(made: Clusters, name: str) -> None:
+    response = await ask(web(made), f"http://c.east:{WEB}/head", "-H", f"{name}: {ID}boss")
+    assert header(response, "isthmus-client-id") == [f"{ID}web"]
+    assert f"{ID}boss" not in json.dumps(response)
 
 
 async def test_on_the_wide_area_everything_is_tls(made: Clusters) -> None:
@@ -252,14 +252,13 @@ async def test_on_the_wide_area_everything_is_tls(made: Clusters) -> None:
         }
 
 
-# Who gets in...
+# Access...
 
 
 async def direct(
     made: Clusters, authority: Authority | None, account: str, host: str, *arguments: str
 ) -> Curled:
-    """curl from a pod without a sidecar to east's gateway, as somebody with a certificate, or
-    without one."""
+    """curl from a pod without a sidecar to east's gateway, with a certificate or without one."""
     stranger, shown = made.pod("west", "stranger"), []
     if authority is not None:
         issued = authority.issue(authority.identity(account))
@@ -272,8 +271,8 @@ async def direct(
             await trio.Path(file).chmod(0o644)
             shown += [flag, str(file)]
     address = made.legs["east"].ipv4
-    # The server name has to be that of a workload, or the gateway cannot tell that the handshake is
-    # meant for it.
+    # The server name has to be that of a workload. Otherwise the gateway cannot know that the
+    # handshake is for itself.
     gate = "gateway.isthmus.sa.cluster.local"
     to = [
         "--connect-to",
@@ -339,7 +338,7 @@ async def test_what_is_not_exported_is_not_there(made: Clusters, host: str) -> N
 
 
 async def test_not_even_by_its_address(made: Clusters) -> None:
-    """Nor does a gateway open a tunnel to an address, or to what is not exported."""
+    """Nor does a gateway open a tunnel to an address, or to a service that is not exported."""
     hidden = made.pod("east", "hidden")
     answer = await direct(made, made.meshes["west"].authority, "web", f"{hidden.ipv4}:{WEB}")
     assert answer.status == 404
@@ -367,9 +366,9 @@ with context.wrap_socket(plain, server_hostname="gateway.isthmus.sa.cluster.loca
         assert done.text.strip() == "404", (target, done.stderr)
 
 
-async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) -> None:
-    """Another member of the mesh, with a certificate of the same root, has got hold of the
-    gateway's address."""
+async def test_a_gateway_with_a_wrong_identity_gets_no_request(made: Clusters) -> None:
+    """Another member of the mesh, with a certificate of the same root, has the gateway's
+    address."""
     border = made.lab.wide_area().border(made.meshes["east"].cluster)
     hidden, gateway = made.pod("east", "hidden"), made.pod("east", "gateway")
     border.publish(14143, hidden, WEB)
@@ -378,8 +377,8 @@ async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) 
         seen: list[Any] = [answer]
 
         async def refused() -> bool:
-            # Whoever finds out, a request or a probe, says so once; then the gateway is known to be
-            # broken, and why.
+            # The request or the probe that finds it reports it once. Then the gateway's circuit is
+            # open, with the reason.
             seen.append(await curl(web(made), f"http://c.east:{WEB}/other"))
             return (
                 seen[-1].error in ("tls_certificate_error", "destination_unavailable")
@@ -396,7 +395,7 @@ async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) 
     await eventually(back, "the gateway is back")
 
 
-async def test_what_went_away_is_counted(made: Clusters) -> None:
+async def test_requests_to_another_cluster_are_counted(made: Clusters) -> None:
     near = made.sidecar("west", "web")
     before = await counted(near, "isthmus_remote_attempts_total", cluster="east", reason="name")
     await ask(web(made), f"http://c.east:{WEB}/head")
@@ -406,7 +405,7 @@ async def test_what_went_away_is_counted(made: Clusters) -> None:
     )
 
 
-async def test_a_name_stands_for_a_virtual_address_of_each_family(made: Clusters) -> None:
+async def test_a_name_has_a_virtual_address_of_each_family(made: Clusters) -> None:
     assert ipaddress.ip_address(await resolved(web(made), "c.east")) in ipaddress.ip_network(
         "240.0.0.0/4"
     )

@@ -1,9 +1,8 @@
-"""Three clusters: a request may go from the first to the second and from there to the third, since
-each time an application sends it.
+"""Three clusters: a request may go from the first to the second and from there to the third,
+because an application sends it each time.
 
-Rules: every cluster has a gateway, and every hop between clusters goes through one; the application
-in the middle is a program that calls another service by its name, and knows nothing of clusters.
-"""
+Rules: every cluster has a gateway, and every hop between clusters goes through one. The application
+in the middle calls another service by its name, and does not know about clusters."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 ID = "spiffe://cluster.local/ns/default/sa/"
 
-# Answers with what another service says, and passes on the request id, as a decent application
-# does.
+# Responds with the response of another service, and forwards the request id, as an application
+# should.
 MIDDLE = """
 import http.client, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,13 +61,13 @@ def made(laboratory: Laboratory) -> Clusters:
 
 
 async def test_a_chain_over_three_clusters(made: Clusters) -> None:
-    said = await ask(
+    response = await ask(
         made.pod("west", "web"), f"http://b.east:{WEB}/head", "-H", "X-Request-Id: tangerine"
     )
-    assert said["name"] == "c of south"
-    assert header(said, "x-request-id") == ["tangerine"]
-    # Whoever sends a request is who sends it: the last one knows `b`, and not `web`.
-    assert header(said, "isthmus-client-id") == [f"{ID}b"]
+    assert response["name"] == "c of south"
+    assert header(response, "x-request-id") == ["tangerine"]
+    # The caller is the sender of each request: the last server sees `b`, and not `web`.
+    assert header(response, "isthmus-client-id") == [f"{ID}b"]
     for cluster, caller in (("east", "web"), ("south", "b")):
         line = await logged(
             made.sidecar(cluster, "gateway"), "/head", direction="gateway", identity=f"{ID}{caller}"
@@ -86,9 +85,8 @@ async def test_a_chain_over_three_clusters(made: Clusters) -> None:
 
 
 async def test_a_gateway_does_not_pass_on_to_a_third_cluster(made: Clusters) -> None:
-    """West asks east's gateway for what is south's: east exports what it has, and not what it
-    knows."""
-    west, (gate,) = made.pod("west", "web"), made.meshes["east"].ways_in
+    """West asks east's gateway for a service of south: east exports only its own services."""
+    west, (gate,) = made.pod("west", "web"), made.meshes["east"].gateways
     for name in ("c.south.east", "c-south.east"):
         answer = await curl(
             west, "--connect-to", f"::{gate['address']}:{gate['port']}", f"http://{name}:{WEB}/"

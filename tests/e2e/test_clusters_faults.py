@@ -1,11 +1,10 @@
-"""One cluster's trouble is not another's: what west's pods see while east, its gateway, or the way
-to it is in trouble.
+"""Faults of one cluster do not affect another: what west's pods see while east, its gateway, or the
+path to it fails.
 
-Rules: requests to west's own service are under way all the time, and each of them is accounted for;
-the trouble is real (a process killed or stopped, packets that vanish, a link that is down); what is
-remote fails with a status and a Proxy-Status that says why, and works again by itself. How fast, is
-measured by the demonstration and by perf/; here only what would be a hang is a failure.
-"""
+Rules: requests to west's own service run all the time, and the outcome of each is recorded. The
+faults are real (a process killed or stopped, packets dropped, a link down). Remote requests fail
+with a status and a Proxy-Status that gives the reason, and work again without help. The
+demonstration and perf/ measure how fast; here only a hang is a failure."""
 
 from __future__ import annotations
 
@@ -29,15 +28,15 @@ from tests.e2e.stage import WEB, counted, curl, eventually
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 C_EAST = f"http://c.east:{WEB}/"
-HANG = 12.0  # seconds in which a remote request must have been answered, one way or the other
+HANG = 12.0  # seconds in which a remote request must have a response of any kind
 REASONS = {
     "connection_refused", "connection_terminated", "connection_timeout", "destination_ip_unroutable", "destination_unavailable",
     "http_response_timeout",
 }  # fmt: skip
 
 
-# Requests that must not be sent twice, one after the other, each on a connection of its own: what
-# became of each, and in how many seconds.
+# Requests that must not be retried, in sequence, each on its own connection: the outcome of each,
+# and its seconds.
 POSTS = """
 import http.client, json, sys, time
 seen = []
@@ -56,8 +55,8 @@ print(json.dumps(seen))
 def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
-        # A request that is on its way when the way breaks is given up after this; nobody can know
-        # earlier that no answer will come.
+        # A request in flight when the path breaks fails after this time. No proxy can know earlier
+        # that no response will arrive.
         quick: dict[str, Any] = {
             "http": {"response_timeout": "3s"},
             "clusters": {"probe_timeout": "3s"},
@@ -65,7 +64,7 @@ def made(laboratory: Laboratory) -> Clusters:
         member(made, "west", "web", **quick)
         patient = {
             "timeouts": {"response_head": "1m"}
-        }  # what is local has no trouble, and so no reason to be in a hurry
+        }  # the local service has no faults, and so no need for short timeouts
         for cluster, name in (("west", "home"), ("east", "c")):
             made.meshes[cluster].service(
                 name, [member(made, cluster, name)], HTTP, export=True, policy=patient
@@ -92,7 +91,7 @@ def at_home(made: Clusters) -> Load:
 
 @contextlib.asynccontextmanager
 async def trouble(made: Clusters, kind: str) -> AsyncIterator[None]:
-    """Something happens to east's gateway, or to the way to it."""
+    """A fault of east's gateway, or of the path to it."""
     gateway = made.sidecar("east", "gateway")
     if kind == "killed":
         gateway.running().kill()
@@ -111,7 +110,7 @@ TROUBLES = ["killed", "paused", *(fault.name for fault in Fault)]
 
 
 @pytest.mark.parametrize("kind", TROUBLES)
-async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_and_comes_back(
+async def test_local_requests_are_unaffected_and_remote_ones_fail_clearly_and_recover(
     made: Clusters, kind: str
 ) -> None:
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
@@ -130,11 +129,11 @@ async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_an
     assert max(sample.seconds for sample in load.samples) < HANG
 
 
-async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_back(
+async def test_the_other_cluster_goes_away_under_load_and_comes_back(
     made: Clusters,
 ) -> None:
-    """Programs that keep asking for what is not there do not get in the way of those that ask for
-    what is."""
+    """Clients that keep asking for unavailable services do not disturb those that ask for available
+    ones."""
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
     east = await resolved(web(made), "c.east")
     async with (
@@ -146,7 +145,7 @@ async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_bac
         await remote.more(50, timeout=90)
         await load.more(50)
     assert not load.bad
-    assert remote.answered["c of east"] == remote.good
+    assert remote.answered["c of east"] == remote.succeeded
     for outcome in remote.bad:
         status, _, error = outcome.partition(" ")
         assert status in ("502", "503", "504"), remote.bad
@@ -154,16 +153,16 @@ async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_bac
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
-async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(
+async def test_requests_that_were_not_sent_to_one_gateway_go_to_the_other(
     made: Clusters, silent: bool
 ) -> None:
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
     east, near, leg = made.meshes["east"], made.sidecar("west", "web"), made.legs["second"]
     with leg.fault(Fault.SILENCE) if silent else contextlib.nullcontext():
         opened = await counted(near, "isthmus_breaker_changes_total", state="open")
-        east.way_in(
+        east.announce(
             made.sidecar("east", "gateway"), address=leg.ipv4, port=4143
-        )  # where nobody listens
+        )  # without a listener
         made.publish()
         try:
             seen: list[tuple[int, float]] = []
@@ -176,9 +175,9 @@ async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(
                 )
                 return await counted(near, "isthmus_breaker_changes_total", state="open") > opened
 
-            await eventually(tried, "one of them was tried in vain", timeout=60)
+            await eventually(tried, "one of them was tried without success", timeout=60)
         finally:
-            east.ways_in.pop()
+            east.gateways.pop()
             made.publish()
     assert {status for status, _ in seen} == {200}
     assert max(seconds for _, seconds in seen) < HANG
@@ -211,10 +210,10 @@ async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
         ) as remote:
             second.running().kill()
             await remote.more(200, timeout=60)
-        # What was under way on the one that died may be lost; nothing after it.
+        # Requests in progress on the killed gateway may be lost; none after that.
         assert sum(remote.bad.values()) <= 3, remote.bad
         assert near.running().alive
     finally:
-        east.ways_in.pop()
+        east.gateways.pop()
         del east.sidecars["second"]
         made.publish()

@@ -1,9 +1,8 @@
 """A gateway that is known by a DNS name, whose address changes.
 
-Rules: the name is looked up by the proxy as any program of its pod would, in the pod's own hosts
-file; the old way is not only retired but dead, so that nothing which still holds on to it can work;
-nobody restarts anything or touches the directory.
-"""
+Rules: the proxy resolves the name as any program of its pod would, in the pod's own hosts file. The
+old address is not only retired but dead, so that nothing that still uses it can work. Nothing is
+restarted, and the directory does not change."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def made(laboratory: Laboratory) -> Clusters:
         member(made, "west", "web", clusters=quick, http={"response_timeout": "10s"})
         for cluster, name in (("west", "home"), ("east", "c")):
             made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
-        (way,) = east.ways_in
-        east.ways_in[:] = [{"host": NAME, "port": way["port"], "identity": way["identity"]}]
+        (way,) = east.gateways
+        east.gateways[:] = [{"host": NAME, "port": way["port"], "identity": way["identity"]}]
         west.cluster.name_host(NAME, made.legs["east"].ipv4)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, made, "west", "home")
@@ -56,7 +55,7 @@ async def test_a_gateway_that_moves_is_found_again_by_its_name(made: Clusters) -
     # The same port at another address, of another pod.
     moved = made.lab.wide_area().attach(east.cluster.pod("moved"))
     second = east.gateway(east.cluster.pods["moved"], moved, gateway={"listen": ["0.0.0.0:14143"]})
-    east.ways_in.pop()  # nobody is told but by the name
+    east.gateways.pop()  # only the name changes
     await made.start()
     async with Load(
         web, made.meshes["west"].services["home"].ipv4, WEB, clients=2, authority="home"
@@ -81,8 +80,8 @@ async def test_a_name_that_is_gone_for_a_while_does_not_close_a_way_that_works(
     async with Load(
         web, await resolved(web, "c.east"), WEB, clients=2, authority=f"c.east:{WEB}"
     ) as remote:
-        await trio.sleep(
-            3
-        )  # time for three look-ups, none of which finds anything: that something does not happen cannot be waited for
+        # Time for three look-ups that find nothing: a test cannot wait for something that does not
+        # happen.
+        await trio.sleep(3)
         await remote.more(50)
     assert not remote.bad

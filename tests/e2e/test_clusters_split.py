@@ -1,9 +1,8 @@
 """A service that is served in two clusters: its requests are split between them, and one takes over
-when the other cannot.
+when the other fails.
 
-Rules: real requests under way all the time, each accounted for; the servers say where they are;
-shares are held to five standard deviations, which chance exceeds once in a million runs.
-"""
+Rules: real requests all the time, each with a recorded outcome. The servers report where they are.
+Shares may differ by five standard deviations, which chance exceeds once in a million runs."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from tests.e2e.stage import WEB, counted, curl, eventually
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 HERE, THERE = "c of west", "c of east"
-# Quick to try again: the tests wait for it.
+# Short retry times: the tests wait for them.
 POLICY = {"breaker": {"min_penalty": "200ms", "max_penalty": "500ms"}}
 
 
@@ -58,19 +57,19 @@ def loaded(made: Clusters, clients: int = 4) -> Load:
 
 
 async def arrange(made: Clusters, **traits: Any) -> None:
-    """Give west's `c` a split, a failover, or neither, and wait until the clients' sidecar
-    knows."""
+    """Give west's `c` a split, a failover, or neither, and wait until the clients' sidecar has
+    it."""
     near, service = made.sidecar("west", "web"), made.meshes["west"].services["c"]
     before = await taken(made)
     service.traits = {"export": True, "policy": POLICY, **traits}
     known = near.directory_file.read_bytes()
     made.meshes["west"].publish()
     if near.directory_file.read_bytes() != known:
-        await eventually(lambda: _more(made, before), "the directory is taken")
+        await eventually(lambda: _more(made, before), "the directory is loaded")
 
 
 async def taken(made: Clusters, cluster: str = "west", pod: str = "web") -> float:
-    """How many directories the proxy has taken."""
+    """How many directories the proxy has loaded."""
     return await counted(made.sidecar(cluster, pod), "isthmus_directory_reloads_total", result="ok")
 
 
@@ -79,14 +78,14 @@ async def _more(made: Clusters, before: float, cluster: str = "west", pod: str =
 
 
 async def kill(made: Clusters) -> None:
-    """The pod of west's `c` dies: its application and its sidecar, without a word."""
+    """Kill the pod of west's `c`: its application and its sidecar, at once."""
     for process in (made.pod("west", "c").processes["web"], made.sidecar("west", "c").running()):
         process.kill()
         await process.wait()
 
 
 async def revive(made: Clusters) -> None:
-    """It is there again, with the same address."""
+    """Start it again, with the same address."""
     await web_server(made, "west")
     await made.sidecar("west", "c").start(intercept=False)
 
@@ -100,7 +99,7 @@ def weights(here: int, there: int, empty: int | None = None) -> dict[str, Any]:
 
 
 def fair(answered: Counter[str], share: float) -> bool:
-    """Whether the other cluster's part is `share`, as well as chance allows."""
+    """Whether the other cluster's part is `share`, within the bounds of chance."""
     total = sum(answered.values())
     return abs(answered[THERE] - share * total) <= 5 * math.sqrt(total * share * (1 - share)) + 1
 
@@ -134,8 +133,8 @@ async def test_the_share_of_a_backend_without_endpoints_goes_to_the_others(made:
     assert not load.bad
 
 
-async def test_two_clusters_that_both_split_do_not_play_ball(made: Clusters) -> None:
-    """East splits `c` too. What west has sent it is east's, and is not sent back."""
+async def test_a_request_is_split_only_once_if_both_clusters_split(made: Clusters) -> None:
+    """East splits `c` too. What west has sent there stays in east, and is not sent back."""
     east = made.meshes["east"].services["c"]
     east.traits["split"] = [
         {"service": "c", "weight": 50},
@@ -144,7 +143,7 @@ async def test_two_clusters_that_both_split_do_not_play_ball(made: Clusters) -> 
     try:
         before = await taken(made, "east", "gateway")
         made.meshes["east"].publish()
-        await eventually(lambda: _more(made, before, "east", "gateway"), "the directory is taken")
+        await eventually(lambda: _more(made, before, "east", "gateway"), "the directory is loaded")
         await arrange(made, **weights(50, 50))
         async with loaded(made) as load:
             answered = await shares(load, 600)
@@ -180,14 +179,13 @@ async def test_the_other_cluster_takes_over_when_the_service_dies_and_gives_back
         await eventually(lambda: load.answered[HERE] >= goal, "west answers again", timeout=30)
         await load.settle()
         assert set(await shares(load, 100)) == {HERE}
-        assert load.bad == bad  # coming back costs nobody anything
-    # A request that was under way when the server was killed may be lost, if it is not known
-    # whether it was looked at.
+        assert load.bad == bad  # the return fails no request
+    # A request in progress when the server was killed may be lost, if it may have been processed.
     assert sum(bad.values()) <= 8, bad
 
 
 async def test_readiness_alone_moves_requests_and_without_an_error(made: Clusters) -> None:
-    """As when pods are drained: the directory says so before anything breaks."""
+    """As when pods are drained: the directory changes before a failure."""
     await arrange(made, failover={"clusters": ["east"]})
     service = made.meshes["west"].services["c"]
     pods, service.pods = service.pods, ()
@@ -205,8 +203,8 @@ async def test_readiness_alone_moves_requests_and_without_an_error(made: Cluster
 async def test_a_service_that_dies_again_and_again_does_not_take_its_clients_along(
     made: Clusters,
 ) -> None:
-    """While it is not steady, requests stay with the other cluster: no more than the first ones
-    notice."""
+    """While it is unstable, requests stay with the other cluster: only the first ones are
+    affected."""
     await arrange(made, failover={"clusters": ["east"]})
     async with loaded(made) as load:
         await load.more(50)
@@ -223,7 +221,7 @@ async def test_a_service_that_dies_again_and_again_does_not_take_its_clients_alo
     assert sum(load.bad.values()) <= 24, load.bad
 
 
-async def test_when_nobody_serves_the_answer_is_quick_and_says_so(made: Clusters) -> None:
+async def test_without_endpoints_the_response_is_quick_and_gives_the_reason(made: Clusters) -> None:
     await arrange(made, split=[{"service": "empty", "weight": 1}])
     answer = await curl(made.pod("west", "web"), f"http://c:{WEB}/")
     assert (answer.status, answer.error) == (503, "destination_unavailable")

@@ -19,8 +19,8 @@ from tests.e2e.stage import (
     curl,
     echo_server,
     eventually,
+    exchange_raw,
     prepare,
-    say,
     web_server,
 )
 
@@ -79,7 +79,9 @@ async def test_calls_by_service_by_headless_name_and_by_pod_address(
 
 async def test_opaque_connections_find_their_service(world: World) -> None:
     assert (
-        await say(world.pair.web, world.pair.service.ipv4, ECHO, b"SSH-2.0-x\r\n", end=True)
+        await exchange_raw(
+            world.pair.web, world.pair.service.ipv4, ECHO, b"SSH-2.0-x\r\n", end=True
+        )
         == b"SSH-2.0-x\r\n"
     )
 
@@ -112,7 +114,7 @@ async def test_without_the_control_plane_only_a_first_use_fails(world: World) ->
     status = found.headers["proxy-status"][0]
     assert "error=destination_unavailable" in status
     assert "the directory is unavailable" in status
-    assert await say(web, extra.ipv4, ECHO, b"SSH-2.0-x\r\n", end=True) == b""
+    assert await exchange_raw(web, extra.ipv4, ECHO, b"SSH-2.0-x\r\n", end=True) == b""
     failed: dict[str, Any] = {"direction": "outbound", "reason": "directory_unavailable"}
     assert await counted(near, "isthmus_errors_total", **failed) >= 2
     assert (await curl(web, f"http://shop:{WEB}/")).status == 200

@@ -1,10 +1,8 @@
-"""A peer that vanishes without a word (its node dies, its link is cut) is found out within the
-times that are configured.
+"""A peer that vanishes (its node dies, its link is cut) is detected within the configured times.
 
-Rules: the link of a pod is cut, so that packets vanish in both directions and no kernel answers for
-it. All other limits are long: what ends within `SOON` was ended by what is tested. `EVER` is what
-the other limits would have allowed at least.
-"""
+Rules: the link of a pod is cut, so that packets in both directions are lost and no kernel answers
+for it. All other limits are long: what ends within `SOON` was ended by the limit under test. `EVER`
+is the minimum that the other limits would have allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +14,17 @@ import trio
 
 from lab.faults import link_cut
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, WEB, Pair, curl, echo_server, eventually, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    WEB,
+    Pair,
+    curl,
+    echo_server,
+    eventually,
+    exchange_raw,
+    prepare,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -77,8 +85,8 @@ async def _answers(pair: Pair) -> bool:
 
 
 async def test_a_request_on_a_kept_connection(pair: Pair) -> None:
-    """The client's own connection is kept too, so that the request goes by the pool, and on the
-    fast path where there is one."""
+    """The client's own connection is kept too, so that the request uses the pool, and the fast path
+    if there is one."""
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:
         for _ in range(3):
@@ -96,7 +104,7 @@ async def test_a_request_on_a_kept_connection(pair: Pair) -> None:
 
 
 async def test_a_request_on_a_shared_connection(pair: Pair) -> None:
-    """Of HTTP/2, by the options of the socket."""
+    """Over HTTP/2, by the options of the socket."""
     await request_of_http2(pair)
 
 
@@ -111,7 +119,7 @@ async def request_of_http2(pair: Pair) -> None:
         began = time.monotonic()
         answer = await curl(pair.web, PRIOR, url, timeout=EVER)
         assert time.monotonic() - began < SOON
-    # It may have been sent once more, on a new connection, which does not come about.
+    # It may have been retried on a new connection, which cannot be established.
     assert (answer.status, answer.error) in {
         (502, "connection_terminated"),
         (504, "connection_timeout"),
@@ -134,9 +142,9 @@ async def test_a_relay_with_data_that_nothing_acknowledges(pair: Pair) -> None:
 
 
 async def test_a_relay_in_which_nothing_is_sent(pair: Pair) -> None:
-    """The client's pod vanishes: its sidecar finds out, and so does the server's, whose application
-    gets its connection back."""
-    await eventually(lambda: pair.shop.connected(ECHO) == 0, "nobody is connected")
+    """The client's pod vanishes: its sidecar detects that. So does the server's sidecar, which then
+    releases the connection to its application."""
+    await eventually(lambda: pair.shop.connected(ECHO) == 0, "no client is connected")
     stream = await pair.web.connect(pair.service.ipv4, ECHO)
     async with stream:
         await stream.send_all(b"hello")
@@ -176,11 +184,14 @@ async def test_a_quiet_link_that_is_there_is_not_taken_for_a_dead_one(pair: Pair
         await trio.sleep(6)  # three times the timeout
         await stream.send_all(b"again")
         assert await stream.receive_some() == b"again"
-    assert await say(pair.web, pair.service.ipv4, ECHO, b"last words", end=True) == b"last words"
+    assert (
+        await exchange_raw(pair.web, pair.service.ipv4, ECHO, b"last words", end=True)
+        == b"last words"
+    )
 
 
-async def test_a_slow_reader_gets_everything(pair: Pair) -> None:
-    """It reads nothing for three times the timeout while its window is closed, of a download and of
+async def test_a_slow_reader_gets_all_data(pair: Pair) -> None:
+    """For three times the timeout it reads nothing and its window is closed, for a download and for
     a relay."""
     size = 64 << 20
     stream = await pair.web.connect(pair.service.ipv4, WEB)

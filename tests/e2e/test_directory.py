@@ -1,8 +1,7 @@
 """The directory changes, breaks and vanishes under load.
 
-Rules: a change takes effect without a failed request; a broken file changes nothing and is told
-once, with its path.
-"""
+Rules: a change takes effect without a failed request. A broken file changes nothing and is reported
+once, with its path."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def pair(laboratory: Laboratory) -> Pair:
         )
         pair.service.traits["policy"] = {
             "balancing": {"decay": "1s"}
-        }  # that a pod has stood still for a moment is soon forgotten
+        }  # a pod that was suspended for a moment soon gets its share again
         other = pair.cluster.pod("other")
         pair.mesh.join(other)
         for pod in (pair.shop, other):
@@ -53,7 +52,7 @@ async def take(sidecar: Sidecar, document: dict[str, Any]) -> None:
     async def seen() -> bool:
         return await reloads(sidecar) > before
 
-    await eventually(seen, "the directory is taken")
+    await eventually(seen, "the directory is loaded")
 
 
 def document(pair: Pair, *names: str) -> dict[str, Any]:
@@ -94,8 +93,8 @@ async def test_an_endpoint_moves_under_load_without_a_failed_request(pair: Pair)
 
 
 async def both_have_their_share(pair: Pair, load: Load) -> bool:
-    """Of the next three hundred. A pod that was slow just now, as a busy machine may make it, gets
-    less for a while."""
+    """Of the next three hundred. A pod that was slow just now, as on a busy machine, gets fewer
+    requests for a while."""
     before = await passed(pair, "shop"), await passed(pair, "other")
     await load.more(300)
     after = await passed(pair, "shop"), await passed(pair, "other")
@@ -126,7 +125,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_a_broken_file_keeps_the_old_directory_and_is_told_once_with_its_path(
+async def test_a_broken_file_keeps_the_old_directory_and_is_reported_once_with_its_path(
     pair: Pair, name: str
 ) -> None:
     data, words = BROKEN[name]
@@ -138,7 +137,7 @@ async def test_a_broken_file_keeps_the_old_directory_and_is_told_once_with_its_p
     async with Load(pair.web, pair.service.ipv4, WEB, clients=2) as load:
         pair.near.write(pair.near.directory_file, data)
         await eventually(seen, "the broken file is counted")
-        await load.more(200)  # many looks later
+        await load.more(200)  # many reads later
         assert await reloads(pair.near, "error") == errors + 1
         pair.near.write(pair.near.directory_file, good)
         await load.more(50)

@@ -1,10 +1,9 @@
-"""Another vendor's gateway: Envoy at the edge of east, configured as deploy/envoy/ shows, carries
-what west's pods say to east's.
+"""A gateway by another vendor: Envoy at the edge of east, configured as in deploy/envoy/, forwards
+the traffic of west's pods to east's.
 
-Rules: the configuration is the example's own text, with the laboratory's addresses; the services
-and their sidecars behind it are ordinary members of the mesh; who was verified by whom is read from
-Envoy's log and from the sidecars'.
-"""
+Rules: the configuration is the example's own text, with the laboratory's addresses. The services
+and their sidecars behind it are ordinary members of the mesh. Envoy's log and the sidecars' logs
+show which peers were verified."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 GATE, GRPC = 4143, 50051
 C = f"c.default.svc.cluster.local:{WEB}"
 
-# Asks a PostgreSQL server, through a tunnel, whether it speaks TLS: eight bytes there, one back.
+# Asks a PostgreSQL server through a tunnel whether it supports TLS: eight bytes there, one back.
 TUNNEL = """
 import json, socket, ssl, sys
 host, port, authority, certificate, key = sys.argv[1:]
@@ -72,11 +71,12 @@ class Stage:
         return self.west.cluster.pods["web"]
 
     async def call(self, url: str) -> Curled:
-        """curl from a member of the mesh, which does not know that there is one."""
+        """curl from a member of the mesh, which does not know about Envoy."""
         return await curl(self.web, url)
 
     async def ask(self, *arguments: str, authority: str = C, path: str = "/head") -> Curled:
-        """curl from the stranger to the gateway, without asking who that is."""
+        """curl from the pod without a sidecar to the gateway, without verification of the
+        gateway."""
         return await curl(
             self.stranger,
             "-k",
@@ -114,7 +114,7 @@ def stage(laboratory: Laboratory) -> Stage:
         words = {"10.244.2.5": c.ipv4, "10.244.2.6": db.ipv4, "10.244.2.7": stock.ipv4}
         envoy = Envoy(gateway, mesh.authority, mesh.authority.identity("gateway", "isthmus"), words)
         leg = area.attach(gateway)
-        mesh.way_in(envoy, address=leg.ipv4, port=GATE)
+        mesh.announce(envoy, address=leg.ipv4, port=GATE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: serve(c, "web", "::", str(WEB), "c of east", port=WEB))
             nursery.start_soon(lambda: serve(stock, "grpc_service", str(GRPC), "stock", port=GRPC))
@@ -133,16 +133,16 @@ def entries(stage: Stage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stage.envoy.process.output.lines if line.startswith("{")]
 
 
-# What west's sidecars send...
+# Traffic of west's sidecars...
 
 
 @pytest.mark.parametrize(
     "name", ["c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local"]
 )
 async def test_http_is_carried_to_a_service_of_the_other_cluster(stage: Stage, name: str) -> None:
-    said = json.loads((await stage.call(f"http://{name}:{WEB}/head")).body)
-    assert said["name"] == "c of east"
-    assert dict(said["headers"])["host"] == C
+    response = json.loads((await stage.call(f"http://{name}:{WEB}/head")).body)
+    assert response["name"] == "c of east"
+    assert dict(response["headers"])["host"] == C
 
 
 async def test_grpc_is_carried_in_all_its_kinds(stage: Stage) -> None:
@@ -199,10 +199,10 @@ async def test_a_gateway_that_is_gone_is_said_to_be_and_comes_back(stage: Stage)
     await eventually(back, "the service is back")
 
 
-# Who gets in...
+# Access...
 
 
-async def test_a_member_of_the_mesh_is_let_in_and_its_identity_goes_with_it(stage: Stage) -> None:
+async def test_a_member_of_the_mesh_is_admitted_and_its_identity_is_forwarded(stage: Stage) -> None:
     answer = await stage.ask(*stage.show("member", stage.mesh.authority, "web"))
     assert answer.status == 200, answer
     head = json.loads(answer.body)
@@ -212,7 +212,7 @@ async def test_a_member_of_the_mesh_is_let_in_and_its_identity_goes_with_it(stag
     assert headers["isthmus-client-id"] == "spiffe://cluster.local/ns/default/sa/web"
 
 
-async def test_what_a_client_says_of_itself_is_not_believed(stage: Stage) -> None:
+async def test_claims_of_a_client_about_itself_are_ignored(stage: Stage) -> None:
     member = stage.show("member", stage.mesh.authority, "web")
     forged = [
         "-H",
@@ -242,7 +242,7 @@ async def test_nor_does_one_that_another_root_vouches_for(stage: Stage) -> None:
 
 
 async def test_nor_one_of_another_trust_domain_whatever_root_it_has(stage: Stage) -> None:
-    """The roots of both domains are trusted for a while, as when two meshes become one: the name
+    """The roots of both domains are trusted for a while, as when two meshes are merged: the name
     decides."""
     other = Authority("other.example")
     certificates = stage.show("foreign", other, "web")
@@ -267,7 +267,7 @@ async def test_clear_text_gets_no_answer(stage: Stage) -> None:
     assert (answer.status, answer.body) == (0, b"")
 
 
-# Where to...
+# Routes...
 
 
 async def test_what_is_not_exported_is_not_there(stage: Stage) -> None:

@@ -1,10 +1,9 @@
-"""Crashes, hangs and cut links under load: the client is told what happened and whose fault it was,
-and it ends when the fault ends.
+"""Crashes, hangs and cut links under load: the client gets an error that says what failed and
+where, and the errors end when the fault ends.
 
-Rules: every request of the load has an outcome: the server's answer, or a proxy's own with
-Proxy-Status (RFC 9209). A connection that breaks within a response is allowed only where the
-response had begun. No proxy is restarted, except where that is the fault.
-"""
+Rules: every request of the load has an outcome: the server's response, or a proxy's own with
+Proxy-Status (RFC 9209). A connection may break within a response only if the response had started.
+No proxy is restarted, except where that is the fault."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ SETTINGS = {
     "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"},
 }
 PATIENCE = 1.0  # seconds: response_timeout
-# What the client's proxy says while the service's one endpoint is broken.
+# The errors of the client's proxy while the circuit of the service's one endpoint is open.
 BROKEN = "503 destination_unavailable"
 IMPATIENT = {
     "log": {"access": True},
@@ -59,8 +58,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @pytest.fixture(scope="module")
 def impatient(laboratory: Laboratory) -> Pair:
-    """A pair whose client's proxy gives up soon, for the tests that wait for that; nothing else is
-    to be given up on a slow machine."""
+    """A pair whose client's proxy has short timeouts, for the tests that wait for them. In all
+    other tests, a slow machine must not cause timeouts."""
 
     async def build() -> Pair:
         return await _built(laboratory, IMPATIENT)
@@ -83,7 +82,7 @@ async def _built(
     laboratory: Laboratory, settings: dict[str, Any], policy: dict[str, Any] | None = None
 ) -> Pair:
     pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=SETTINGS)
-    if settings is IMPATIENT:  # each request is to find out for itself
+    if settings is IMPATIENT:  # each request finds the fault by itself
         policy = {"breaker": {"failures": 0}}
     if policy is not None:
         pair.service.traits["policy"] = policy
@@ -94,8 +93,7 @@ async def _built(
 
 
 def explained(load: Load, *statuses: str) -> bool:
-    """Whether everything that was not good is one of these statuses, with the type of the error
-    behind it."""
+    """Whether every failure is one of these statuses, with the type of the error after it."""
     return all(outcome.split()[0] in statuses and len(outcome.split()) == 2 for outcome in load.bad)
 
 
@@ -108,8 +106,8 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
         await load.more(100)
         server.kill()
         await server.wait()
-        # The server's own proxy says what is wrong. The client's tries the one endpoint again, and
-        # then tells those who have waited.
+        # The server's own proxy reports what is wrong. The client's proxy tries the one endpoint
+        # again, and then fails the requests that have waited.
         await load.more(20, BROKEN)
         seen = await curl(pair.web, f"http://shop:{WEB}/")
         assert seen.status in (502, 503)
@@ -122,7 +120,7 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
         await web_server(pair.shop)
         await load.more(300)
     print(dict(load.outcomes))
-    assert load.bad["502 connection_refused"], "those who were sent to try last"
+    assert load.bad["502 connection_refused"], "those of the last trial"
     assert explained(load, "502", "503")
     assert [sidecar.running().pid for sidecar in pair.both] == pids
     assert (
@@ -164,9 +162,9 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(patient: Pai
     await clean(patient)
 
 
-async def test_a_server_that_is_restarted_at_once_costs_no_request(patient: Pair) -> None:
-    """What the killed application had taken is asked again, for it was idempotent. What came while
-    it was away has waited."""
+async def test_a_server_that_is_restarted_at_once_loses_no_request(patient: Pair) -> None:
+    """Requests in progress at the killed application are retried, because they are idempotent.
+    Requests that came while it was down have waited."""
     server = patient.shop.processes[f"web-{WEB}"]
     async with Load(patient.web, patient.service.ipv4, WEB) as load:
         await load.more(100)
@@ -206,7 +204,7 @@ async def test_a_sidecar_that_hangs_is_given_up_too(impatient: Pair) -> None:
         await load.more(50)
         with paused(impatient.far.running()):
             await load.more(3, "504 http_response_timeout")
-            # Connections that are kept have been given up; a new one fails in the handshake.
+            # Kept connections have been closed. A new one fails in the handshake.
             await load.more(3, "504 connection_timeout")
         await load.more(200)
     print(dict(load.outcomes))
@@ -222,8 +220,8 @@ async def test_a_link_that_is_cut_under_load_and_mended(impatient: Pair) -> None
             await load.more(3, "504 connection_timeout")
         await load.more(200)
     print(dict(load.outcomes))
-    # Where the neighbour's address is not known any more, the kernel itself says that there is no
-    # way to it.
+    # When the neighbour's address is no longer known, the kernel itself reports that the host is
+    # unreachable.
     assert explained(load, "504", "502", "503")
     assert set(load.bad) <= {
         "504 http_response_timeout",
@@ -241,8 +239,8 @@ async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_res
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:
         await stream.send_all(b"GET /stream/10000000000 HTTP/1.1\r\nHost: shop\r\n\r\n")
-        heard = await stream.receive_some(65536)
-        assert heard.startswith(b"HTTP/1.1 200")
+        received = await stream.receive_some(65536)
+        assert received.startswith(b"HTTP/1.1 200")
         server.kill()
         last = b""
         with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
@@ -268,7 +266,7 @@ async def test_an_opaque_connection_whose_server_dies_is_reset(pair: Pair) -> No
         assert await stream.receive_some() == b"hello"
         server.kill()
         with trio.fail_after(40):
-            # A killed server's kernel ends its connections: cleanly where nothing was unread.
+            # The kernel of a killed server ends its connections: with FIN if nothing was unread.
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await stream.receive_some() == b""
     await server.wait()
@@ -276,7 +274,8 @@ async def test_an_opaque_connection_whose_server_dies_is_reset(pair: Pair) -> No
 
 
 async def clean(pair: Pair) -> None:
-    """All is well again, nothing was a surprise, and nothing is left of it."""
+    """All requests succeed again, there was no unexpected error, and nothing is left of the
+    fault."""
 
     async def answered() -> bool:
         return HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body

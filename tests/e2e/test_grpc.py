@@ -1,9 +1,8 @@
 """gRPC through two sidecars: grpcio at both ends, unmodified.
 
-Rules: the client runs in one pod, servers in two others, all behind real interception. What the
-server was told is read from the server's own output, what the client saw from the client; how many
-connections there were, from what the proxies counted.
-"""
+Rules: the client runs in one pod, servers in two others, all behind real interception. The server's
+output shows what the server got, the client's output what the client got, and the proxies' metrics
+how many connections there were."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ async def test_two_thousand_calls_of_one_channel_are_spread_over_two_endpoints(p
             shares["annex"],
         )
         assert await opened("src") - before[2] == 1
-        # Half each, give or take nine standard deviations of a fair coin.
+        # One half each, within nine standard deviations of a fair coin.
         return 800 <= shares["shop"] <= 1200
 
     await eventually(
@@ -193,7 +192,7 @@ print(json.dumps([plain(sent), sorted(told), plain(call.initial_metadata()), pla
     assert trailing == sent
 
 
-async def test_errors_of_the_server_arrive_with_their_words_and_details(pair: Pair) -> None:
+async def test_errors_of_the_server_arrive_with_their_message_and_details(pair: Pair) -> None:
     words = "100% wrong: ä €\n, naïve \u4e16\u754c"
     code = """
 seen = []
@@ -224,7 +223,7 @@ except grpc.RpcError as error:
 async def test_a_slow_consumer_of_one_stream_delays_no_other_call_of_the_channel(
     pair: Pair,
 ) -> None:
-    """The stream is far larger than all windows between, so it stands still until it is read."""
+    """The stream is far larger than all windows between, so it stops until it is read."""
     code = """
 size, count = 64 * 1024, 1000
 flood = shop.unary_stream("Flood")(b"%d %d" % (count, size), timeout=200)
@@ -248,7 +247,8 @@ print(json.dumps([sorted(times), len(first) + rest]))
 
 
 async def test_a_slow_server_does_not_make_the_proxies_swallow_a_clients_stream(pair: Pair) -> None:
-    """Wait takes no request but the first; the client's flow must stop, and other calls go on."""
+    """Wait reads only the first request. The client's stream must stop, and other calls
+    continue."""
     code = """
 sent = 0
 def flood():

@@ -1,10 +1,9 @@
-"""gRPC under load, while servers and proxies crash, restart, stop, and while certificates and the
-directory change.
+"""gRPC under load, while servers and proxies crash, restart and stop, and while certificates and
+the directory change.
 
-Rules: every call of a load has an outcome, and what a proxy makes up says so in Proxy-Status. Where
-nothing has failed for the caller's purposes (new certificates, another endpoint, connections that
-are replaced for their age) not one call may fail.
-"""
+Rules: every call of a load has an outcome, and an error of a proxy has Proxy-Status. Where nothing
+fails for the caller (new certificates, another endpoint, connections that are replaced because of
+their age) not one call may fail."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ HASTY = {"shutdown": {"grace": "4s"}}
 PINGS = {"http2": {"ping_interval": "1s", "ping_timeout": "4s"}}
 YOUNG = {"pool": {"max_age": "1s"}}
 REFUSED = "UNAVAILABLE connection_refused"
-# while the one endpoint there is is asked from time to time only
+# while the only endpoint gets trial requests only
 BROKEN = "UNAVAILABLE destination_unavailable"
 CUT = {"UNAVAILABLE connection_terminated", "UNAVAILABLE http_response_incomplete"}
 
@@ -64,7 +63,7 @@ def young(laboratory: Laboratory) -> Pair:
 
 @pytest.fixture
 def fresh(laboratory: Laboratory, request: pytest.FixtureRequest) -> Pair:
-    """A pair for one test, with settings of its own if it wants."""
+    """A pair for one test, with settings of its own if necessary."""
     settings = QUIET | getattr(request, "param", {})
 
     async def prepare() -> Pair:
@@ -76,7 +75,7 @@ def fresh(laboratory: Laboratory, request: pytest.FixtureRequest) -> Pair:
 
 
 async def well(pair: Pair) -> None:
-    """All is well again, and nothing was a surprise to the proxies."""
+    """All calls succeed again, and the proxies had no unexpected error."""
     code = """
 try:
     print(json.dumps(shop.unary_unary("Name")(b"", timeout=30).decode()))
@@ -136,14 +135,14 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
 
 
 async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) -> None:
-    """Its pod stays in the directory, so calls fail while it is down; none of those that it had
-    taken does."""
+    """Its pod stays in the directory, so calls fail while it is down. None of those in progress at
+    its start fails."""
     async with Calls(pair.web, "shop") as load:
         await load.more(100)
         await pair.far.restart()
         await load.more(200)
     print(dict(load.outcomes))
-    # A call that crosses GOAWAY is refused, grpcio sends it again by itself, and may meet the
+    # A call that crosses GOAWAY is refused. grpcio sends it again by itself, and may meet the
     # closed listener.
     refused = {outcome for outcome in load.bad if "RST_STREAM with error code 7" in outcome}
     assert set(load.bad) <= {REFUSED, BROKEN, *refused}
@@ -152,14 +151,14 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) 
 
 
 async def test_one_of_two_pods_dies_under_load_and_the_other_serves(pair: Pair) -> None:
-    """The proxy of a dead pod refuses connections at once, so each call finds the other one; calls
-    that were there are lost."""
+    """The proxy of a dead pod refuses connections at once, so each new call uses the other pod.
+    Calls in progress are lost."""
     annex = pair.mesh.sidecars["annex"]
     async with Calls(pair.web, "stock") as load:
         await load.more(100)
         annex.running().kill()
         await annex.running().wait()
-        await load.more(THREADS)  # what was answered before has been told
+        await load.more(THREADS)  # the earlier outcomes are known
         before = load.answered["shop"]
         await load.more(300)
         assert load.answered["shop"] - before >= 290
@@ -187,7 +186,7 @@ print(json.dumps({"after": shop.unary_unary("Name")(b"", timeout=60, wait_for_re
 
 
 @pytest.mark.parametrize("who", ["the server", "the server's sidecar"])
-async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goes_on(
+async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_stays_usable(
     pair: Pair, who: str
 ) -> None:
     reader = await speaking(pair.web, f"half-{who[-6:]}", HALF)
@@ -198,19 +197,19 @@ async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goe
     end = json.loads(await reader.wait_line("end"))
     print(end)
     assert end["end"] == "UNAVAILABLE"
-    # The proxy that noticed has the last word, as trailers: without them grpcio would make
-    # something up.
+    # The proxy that detected it sends the status, as trailers. Without them grpcio would make one
+    # up.
     assert end["details"].startswith(("connection_terminated", "http_response_incomplete"))
     assert (
         await (grpc_server(pair.shop) if who == "the server" else pair.far.start(intercept=False))
     ) is not False
-    # The first call behind it may still meet the fault; the channel is the same.
+    # The first call after it may still meet the fault; the channel is the same.
     await reader.wait_until(lambda: reader.output.ended, "end", timeout=90)
     assert reader.output.tail().count("after") == 1 or "UNAVAILABLE" in reader.output.tail()
     await well(pair)
 
 
-async def test_a_server_that_hangs_costs_the_caller_its_deadline_and_the_proxies_nothing(
+async def test_a_server_that_hangs_is_ended_by_the_deadline_and_leaves_nothing_in_the_proxies(
     young: Pair,
 ) -> None:
     code = """
@@ -227,7 +226,7 @@ print(json.dumps([one() for _ in range(5)]))
 
 
 @pytest.mark.parametrize("fresh", [PINGS], indirect=True, ids=[""])
-async def test_a_cut_link_is_noticed_by_ping_and_told(fresh: Pair) -> None:
+async def test_a_cut_link_is_found_by_ping_and_reported(fresh: Pair) -> None:
     code = """
 began = time.monotonic()
 call = shop.unary_stream("Wait")(b"cut", timeout=200)
@@ -338,10 +337,10 @@ async def test_endpoints_move_under_load_without_a_failed_call(young: Pair) -> N
         await load.more(200)
         for here, away in (("shop", "annex"), ("annex", "shop")):
             await take(here)
-            await load.more(20)  # what was said before is old by now
+            await load.more(20)  # earlier messages are old by now
             before = load.answered[away]
             await load.more(200)
-            assert load.answered[away] - before <= THREADS  # those that were under way
+            assert load.answered[away] - before <= THREADS  # those in progress
         await take("shop", "annex")
 
         async def shared() -> bool:
@@ -375,7 +374,7 @@ os.unlink("finish")
 
 
 async def finish(pair: Pair, reader: Process) -> None:
-    """A conversation ends when it wants to, and well."""
+    """A conversation ends by itself, and successfully."""
     (pair.web.directory / "finish").touch()
     end = json.loads(await reader.wait_line("said"))
     assert (end["said"], end["rest"], end["code"]) == (True, 0, "OK")
@@ -383,9 +382,7 @@ async def finish(pair: Pair, reader: Process) -> None:
 
 
 @pytest.mark.parametrize("side", ["near", "far"])
-async def test_a_proxy_that_is_told_to_stop_lets_an_open_stream_finish(
-    fresh: Pair, side: str
-) -> None:
+async def test_a_proxy_that_shuts_down_lets_an_open_stream_finish(fresh: Pair, side: str) -> None:
     sidecar: Sidecar = getattr(fresh, side)
     reader = await speaking(fresh.web, "long", LONG)
     await reader.wait_line("begun")
@@ -419,12 +416,11 @@ except grpc.RpcError as error:
         assert await fresh.far.running().wait() == 0
 
 
-async def test_the_clients_proxy_is_told_to_stop_under_load_and_no_call_is_lost(
+async def test_the_clients_proxy_shuts_down_under_load_and_no_call_is_lost(
     fresh: Pair,
 ) -> None:
-    """The application is told by GOAWAY to open a new connection, which is served as well, until
-    the application is quiet: as it is not while a conversation goes on, however busy the
-    machine."""
+    """GOAWAY makes the application open a new connection. The proxy serves that too, until the
+    application is idle. During a conversation it is never idle, however busy the machine is."""
     reader = await speaking(fresh.web, "long", LONG)
     await reader.wait_line("begun")
     async with Calls(fresh.web, "shop") as load:

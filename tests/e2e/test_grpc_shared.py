@@ -1,6 +1,6 @@
-"""Two sidecars have one connection for the calls of many clients. What some of these do costs the
-others nothing: deadlines of a few milliseconds in great number, and trailers that are too large.
-Clients and servers are grpcio."""
+"""Two sidecars have one connection for the calls of many clients. What some of these do does not
+affect the others: many deadlines of a few milliseconds, and trailers that are too large. Clients
+and servers are grpcio."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.e2e.stage import Pair, counted
 
 pytestmark = pytest.mark.lab
 
-# Ten clients, each with a connection of its own, make 28 calls a second that the server would
-# answer after 0.1 s, and give them 30 ms.
+# Ten clients, each with its own connection, make 28 calls a second with a deadline of 30 ms. The
+# server would answer after 0.1 s.
 _IMPATIENT = """
 outcomes, lock = {}, threading.Lock()
 ends = time.monotonic() + float(sys.argv[3])
@@ -81,7 +81,7 @@ def test_ten_clients_that_give_up_after_30_ms_cost_a_patient_one_nothing(
     async def run() -> None:
         async with Calls(
             pair.web, "shop", pause=0.1
-        ) as load:  # what ends well pays for what does not: here is little of that
+        ) as load:  # calls that end well make up for those that do not: here there are few of them
             await load.more(50)
             before = await trouble(pair)
             outcomes = await calling(pair.web, _IMPATIENT, "8")

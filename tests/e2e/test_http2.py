@@ -1,10 +1,9 @@
-"""HTTP/2 clients and servers as they are, through two sidecars: h2load, curl, nghttpd, hypercorn,
-httpx, nginx; and translation where the two ends do not speak the same version.
+"""Unmodified HTTP/2 clients and servers through two sidecars: h2load, curl, nghttpd, hypercorn,
+httpx, nginx; and translation where the two ends do not use the same version.
 
-Rules: the client runs in one pod, the server in another. Which version a server was spoken to in is
-said by the server (hypercorn's application answers what it sees); that an HTTP/1 server was not
-spoken to in another goes without saying.
-"""
+Rules: the client runs in one pod, the server in another. The server reports the version of its
+requests (hypercorn's application returns what it sees). An HTTP/1 server cannot be reached with
+HTTP/2."""
 
 from __future__ import annotations
 
@@ -39,8 +38,8 @@ MIB = 2**20
 LARGE = 64 * MIB
 PRIOR = "--http2-prior-knowledge"
 
-# What it sees of a request, and bodies in both directions. hypercorn takes HTTP/1.1, h2c, and an
-# offer to upgrade, on one port.
+# The properties of a request, and bodies in both directions. hypercorn accepts HTTP/1.1, h2c, and
+# an offer to upgrade, on one port.
 APPLICATION = """
 import hashlib, json
 async def app(scope, receive, send):
@@ -282,11 +281,11 @@ async def test_httpx_speaks_http_2_with_hypercorn_a_hundred_requests_at_once_on_
     assert await opened() - before == 1
 
 
-# What is not passed on...
+# What is not forwarded...
 
 
-async def test_an_offer_of_h2c_is_not_passed_on_and_http_1_goes_on(pair: Pair) -> None:
-    """hypercorn would take it up, and speak HTTP/2 where the proxies expect HTTP/1."""
+async def test_an_offer_of_h2c_is_not_forwarded_and_http_1_continues(pair: Pair) -> None:
+    """hypercorn would accept it, and use HTTP/2 where the proxies expect HTTP/1."""
     answer = await curl(pair.web, "--http2", "-v", url("/", ASGI), url("/again", ASGI))
     assert "Upgrade: h2c" in answer.errors
     assert (answer.status, answer.info["http_version"]) == (200, "1.1")
@@ -325,7 +324,7 @@ async def test_an_http_2_client_of_a_service_declared_http1(pair: Pair, port: in
     assert not {"connection", "keep-alive", "transfer-encoding"} & set(answer.headers)
 
 
-async def test_nginx_is_told_the_authority_as_host_and_gives_all_kinds_of_answers(
+async def test_nginx_gets_the_authority_as_host_and_sends_all_kinds_of_responses(
     pair: Pair,
 ) -> None:
     assert (
@@ -456,11 +455,11 @@ async def test_h2load_of_http_1_against_a_service_declared_http2(pair: Pair) -> 
     assert "1000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text, done.text
 
 
-async def test_an_http_2_client_of_an_http_1_server_that_nobody_declared_is_told_so(
+async def test_an_http_2_client_of_an_undeclared_http_1_server_gets_an_error_with_the_reason(
     pair: Pair,
 ) -> None:
-    """Nothing says that nginx does not speak HTTP/2: it is spoken to in what the client speaks, and
-    its answer is no HTTP/2."""
+    """The directory does not say that nginx has no HTTP/2. So it gets the client's version, and its
+    response is not HTTP/2."""
     answer = await curl(pair.web, PRIOR, url("/digits", NGINX))
     assert answer.status == 502
     assert answer.headers["proxy-status"][0].startswith("shop.default.inbound;error=")

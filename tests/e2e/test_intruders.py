@@ -1,9 +1,8 @@
-"""Who has no right to be served is not served, and who is not who he should be is not spoken to.
+"""Clients without the right to be served are not served, and servers with a wrong identity get no
+requests.
 
-Rules: each attack is judged by three witnesses: what the client got, what the server's application
-(or the impostor) saw, which must be nothing, and what the sidecars' logs and metrics say of the
-reason.
-"""
+Rules: three observations judge each attack: what the client got, what the server's application (or
+the impostor) saw, which must be nothing, and the reason in the sidecars' logs and metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import trio
 import yaml
 
 from lab.capture import Capture
@@ -28,9 +28,9 @@ from tests.e2e.stage import (
     curl,
     echo_server,
     eventually,
+    exchange_raw,
     logged,
     prepare,
-    say,
     web_server,
 )
 
@@ -39,12 +39,12 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 LISTED, OPEN = 8081, 8082
 SECRET = "the-password-is-tangerine"
 HELLO = b"hello from the shop"
-# After a failed handshake the next request waits for the end of the penalty, a second, however long
-# that takes a busy machine; then it is told the same.
+# After a failed handshake the next request waits until the circuit is half open: one second,
+# however long that takes a busy machine. Then it fails in the same way.
 PATIENT = {"queue": {"timeout": "30s"}}
 
-# An impostor: servers that are not who the directory says. Each writes what it was told in clear,
-# which has to be nothing.
+# An impostor: servers with another identity than in the directory. Each writes the clear text that
+# it receives, which must be none.
 IMPOSTOR = """
 import socket, ssl, sys, threading
 def serve(port, name, version, roots):
@@ -108,7 +108,7 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.near.write_directory(document)
         await eventually(
             lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"),
-            "the directory is taken",
+            "the directory is loaded",
         )
         return pair
 
@@ -136,13 +136,13 @@ def url(port: int = WEB) -> str:
 
 
 async def served(pair: Pair) -> float:
-    """How many requests the shop's sidecar has passed on to the application."""
+    """How many requests the shop's sidecar has forwarded to the application."""
     return await counted(
         pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx"
     )
 
 
-# Clients that may not...
+# Unauthorised clients...
 
 
 async def test_who_may_is_served(pair: Pair) -> None:
@@ -160,7 +160,7 @@ async def test_clear_text_to_a_port_that_requires_an_identity_is_answered_403(pa
     assert (seen.status, seen.error) == (403, "http_request_denied")
     assert (
         "shop" not in str(seen.headers) + seen.body.decode()
-    )  # nothing of the pod is told to strangers
+    )  # strangers get no information about the pod
     assert await served(pair) == before
     await logged(pair.far, "requires a verified identity", reason="identity_required")
     assert (
@@ -183,20 +183,20 @@ async def test_clear_bytes_to_an_opaque_port_with_an_allow_list_are_cut(
     pair: Pair, version: int
 ) -> None:
     assert (
-        await say(
+        await exchange_raw(
             pair.cluster.pods["stranger"], pair.shop.address(version), ECHO, b"\x00anybody there?"
         )
         == b""
     )
 
 
-async def test_a_member_that_is_not_on_the_list_is_answered_403_and_told_why(pair: Pair) -> None:
+async def test_a_member_that_is_not_on_the_list_gets_403_with_the_reason(pair: Pair) -> None:
     guest = pair.cluster.pods["guest"]
     assert HELLO in (await curl(guest, url(WEB))).body
     before = await served(pair)
     seen = await curl(guest, url(LISTED))
     assert (seen.status, seen.error) == (403, "http_request_denied")
-    assert await say(guest, pair.service.ipv4, ECHO, b"\x00hello") == b""
+    assert await exchange_raw(guest, pair.service.ipv4, ECHO, b"\x00hello") == b""
     assert await served(pair) == before
     for port in (LISTED, ECHO):
         await logged(
@@ -206,11 +206,11 @@ async def test_a_member_that_is_not_on_the_list_is_answered_403_and_told_why(pai
         )
 
 
-async def test_a_sidecar_with_another_trust_root_gets_nowhere(pair: Pair) -> None:
+async def test_a_sidecar_with_another_trust_root_is_refused(pair: Pair) -> None:
     forger, before = pair.cluster.pods["forger"], await served(pair)
     seen = await curl(forger, "-H", f"X-Secret: {SECRET}", url())
     assert (seen.status, seen.error) == (502, "tls_certificate_error")
-    assert await say(forger, pair.service.ipv4, ECHO, b"\x00hello") == b""
+    assert await exchange_raw(forger, pair.service.ipv4, ECHO, b"\x00hello") == b""
     assert await served(pair) == before
     await logged(pair.far, "unknown ca")
     await logged(pair.mesh.sidecars["forger"], "not signed by a trust root")
@@ -227,8 +227,8 @@ async def test_a_sidecar_with_another_trust_root_gets_nowhere(pair: Pair) -> Non
 
 
 async def s_client(pair: Pair, *arguments: str) -> str:
-    """openssl's client, from the pod without a sidecar; what it printed, its complaints
-    included."""
+    """openssl's client, from the pod without a sidecar. Returns its output with its error
+    messages."""
     name = pair.far.identity.sni if pair.far.identity else ""
     command = [
         "openssl",
@@ -260,7 +260,7 @@ async def test_openssl_with_a_good_certificate_is_served_so_the_next_tests_can_f
     assert "TLSv1.3" in said
 
 
-async def test_a_client_without_a_certificate_gets_nowhere(pair: Pair) -> None:
+async def test_a_client_without_a_certificate_is_rejected(pair: Pair) -> None:
     before = await served(pair)
     said = await s_client(pair)
     assert "certificate required" in said
@@ -276,7 +276,7 @@ async def test_a_client_without_a_certificate_gets_nowhere(pair: Pair) -> None:
         ("other-root", "unknown ca", "not signed by a trust root"),
     ],
 )
-async def test_a_client_with_a_bad_certificate_gets_nowhere(
+async def test_a_client_with_a_bad_certificate_is_rejected(
     pair: Pair, name: str, told: str, words: str
 ) -> None:
     stranger, ours, before = pair.cluster.pods["stranger"], pair.mesh.authority, await served(pair)
@@ -292,8 +292,8 @@ async def test_a_client_with_a_bad_certificate_gets_nowhere(
     await logged(pair.far, words, reason="tls_certificate", peer=await peer(pair))
 
 
-async def test_a_client_of_another_trust_domain_gets_nowhere(pair: Pair) -> None:
-    """Its root is not ours, whatever it calls itself."""
+async def test_a_client_of_another_trust_domain_is_rejected(pair: Pair) -> None:
+    """Its root is not trusted, whatever its identity is."""
     foreign = Authority("example.org")
     said = await s_client(
         pair,
@@ -325,7 +325,7 @@ async def peer(pair: Pair) -> str:
     return found
 
 
-# Servers that are not who they should be...
+# Servers with a wrong identity...
 
 
 @pytest.mark.parametrize(
@@ -347,13 +347,13 @@ async def peer(pair: Pair) -> str:
         (CLEAR, "tls_protocol_error", "TLS"),
     ],
 )
-async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(
+async def test_a_server_with_a_wrong_identity_gets_nothing(
     pair: Pair, port: int, error: str, words: str
 ) -> None:
-    heard = pair.cluster.pods["impostor"].processes["impostor"].output
+    received = pair.cluster.pods["impostor"].processes["impostor"].output
     async with Capture(pair.web) as wire:
         seen = await curl(pair.web, "-H", f"X-Secret: {SECRET}", f"http://bank:{port}/{SECRET}")
-        opaque = await say(
+        opaque = await exchange_raw(
             pair.web, pair.mesh.services["bank"].ipv4, port, b"\x00" + SECRET.encode()
         )
     assert seen.status == 502
@@ -361,7 +361,7 @@ async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(
     assert b"HACKED" not in seen.body
     assert opaque == b""
     assert not wire.contains(SECRET.encode())
-    assert not any(SECRET in line for line in heard.lines)
+    assert not any(SECRET in line for line in received.lines)
     await logged(pair.near, words, status=502)
     kind = (
         "certificate"
@@ -376,19 +376,24 @@ async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(
     )
 
 
-async def test_a_meshed_server_whose_identity_the_directory_has_wrong_is_not_spoken_to(
+async def test_a_server_with_another_identity_than_in_the_directory_gets_no_request(
     laboratory: Laboratory, pair: Pair
 ) -> None:
-    """Its sidecar takes TLS for another name for the application's own, and passes it on: the
+    """Its sidecar takes TLS for another name for the application's own, and forwards it: the
     handshake fails, and nothing gets through."""
     guest, document = pair.mesh.sidecars["guest"], pair.mesh.document()
     for endpoint in document["services"][0]["endpoints"]:
         endpoint["identity"] = str(pair.mesh.authority.identity("somebody-else"))
     before = await counted(guest, "isthmus_directory_reloads_total", result="ok")
     guest.write_directory(document)
-    await eventually(lambda: _more(guest, before), "the directory is taken")
-    async with Capture(guest.pod) as wire:
-        seen = await curl(guest.pod, "-H", f"X-Secret: {SECRET}", url())
+    try:
+        await eventually(lambda: _more(guest, before), "the directory is loaded")
+        async with Capture(guest.pod) as wire:
+            seen = await curl(guest.pod, "-H", f"X-Secret: {SECRET}", url())
+    finally:
+        guest.write_directory(pair.mesh.document())
+        with trio.fail_after(60, shield=True):
+            await eventually(lambda: _more(guest, before + 1), "the old directory is loaded")
     assert (seen.status, seen.error[:4]) == (502, "tls_")
     assert not wire.contains(SECRET.encode())
     await logged(guest, "as spiffe://cluster.local/ns/default/sa/somebody-else", status=502)
@@ -398,11 +403,10 @@ async def _more(sidecar: Any, before: float) -> bool:
     return await counted(sidecar, "isthmus_directory_reloads_total", result="ok") > before
 
 
-async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(
+async def test_a_certificate_that_expires_while_the_proxy_runs_is_no_longer_accepted(
     laboratory: Laboratory,
 ) -> None:
-    """Renewal has failed: the peers do not speak to the proxy any more, and it says itself that it
-    is not ready."""
+    """Renewal has failed: the peers reject the proxy's certificate, and the proxy is not ready."""
     pair = prepare(laboratory.lab, {WEB: "detect"}, web={"identity": {"session_lifetime": "0s"}})
     await web_server(pair.shop)
     await pair.mesh.start()
@@ -414,14 +418,14 @@ async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(
     expired = await eventually(lambda: _not_ready(pair), "the proxy says that it is not ready")
     assert "expired" in expired
     assert time.monotonic() - began >= 4
-    # The connection between the two has ended with the certificate.
+    # The connection between the two ended together with the certificate.
     seen = await eventually(
         lambda: _refused(pair), "the client's proxy refuses the expired certificate"
     )
     assert (seen.status, seen.error) == (502, "tls_certificate_error")
     await logged(pair.near, "expired", status=502)
     pair.far.write_certificate(pair.mesh.authority.issue(pair.far.identity))
-    await eventually(lambda: _ready(pair), "a new certificate mends it")
+    await eventually(lambda: _ready(pair), "a new certificate makes it ready")
     assert HELLO in (await curl(pair.web, url())).body
 
 
@@ -439,11 +443,11 @@ async def _refused(pair: Pair) -> Any:
     return seen if seen.status != 200 else None
 
 
-# A sidecar that is not there...
+# A missing sidecar...
 
 
 @pytest.mark.parametrize("rules", ["with its rules", "without its rules"])
-async def test_a_server_whose_sidecar_is_dead_is_never_spoken_to_in_clear_text(
+async def test_a_server_whose_sidecar_is_dead_gets_no_clear_text(
     laboratory: Laboratory, rules: str
 ) -> None:
     pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
@@ -467,12 +471,14 @@ async def test_a_server_whose_sidecar_is_dead_is_never_spoken_to_in_clear_text(
                 "tls_protocol_error",
                 "connection_terminated",
             )
-            assert await say(pair.web, pair.service.ipv4, ECHO, b"\x00" + SECRET.encode()) == b""
+            assert (
+                await exchange_raw(pair.web, pair.service.ipv4, ECHO, b"\x00" + SECRET.encode())
+                == b""
+            )
     assert not wire.contains(SECRET.encode())
     assert HELLO not in b"".join(frame for _, frame in wire.frames)
     assert echo.alive
-    # The application itself answers whoever asks it without the mesh's sidecars in between: it was
-    # there all the time.
+    # The application itself answers requests that bypass the sidecars: it was running all the time.
     if rules == "without its rules":
         pair.cluster.pod("stranger")
         assert (
@@ -488,7 +494,7 @@ async def _answered(pair: Pair) -> Any:
     return seen if seen.status == 200 else None
 
 
-def test_the_plan_of_the_impostor_is_what_the_tests_think() -> None:
+def test_the_plan_of_the_impostor_is_what_the_tests_expect() -> None:
     names = yaml.safe_load(
         IMPOSTOR[IMPOSTOR.index("plan = [") + 7 : IMPOSTOR.index("]\nfor") + 1]
         .replace("(", "[")

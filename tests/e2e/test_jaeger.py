@@ -1,11 +1,10 @@
-"""What Jaeger's UI will show, asked of its query API: a real Jaeger 2 in a pod, with the
+"""What Jaeger's UI will show, read from its query API: a real Jaeger 2 in a pod, with the
 configuration of deploy/addons/jaeger.
 
-It runs when ISTHMUS_TEST_JAEGER names a Jaeger binary, which is in no package that the suite could
-install (CONTRIBUTING.md says how to build one). East's proxies could reach the pod and west's could
-not, so it is given what both clusters' collectors have received, byte for byte: that is what the
-proxies have exported.
-"""
+It runs when ISTHMUS_TEST_JAEGER names a Jaeger binary. No package that the suite could install has
+one (CONTRIBUTING.md says how to build it). East's proxies could reach the pod, but west's could
+not. So the test sends it what both clusters' collectors have received from the proxies, byte for
+byte."""
 
 from __future__ import annotations
 
@@ -126,7 +125,7 @@ async def test_jaeger_shows_a_request_across_both_clusters_as_one_tree(
     assert "hunter2" not in json.dumps(trace)
 
 
-async def test_jaeger_shows_a_call_by_grpc_and_what_became_of_it(scene: Scene, jaeger: Pod) -> None:
+async def test_jaeger_shows_a_grpc_call_and_its_result(scene: Scene, jaeger: Pod) -> None:
     trace_id, headers = context()
     grpc = [
         "--http2-prior-knowledge",

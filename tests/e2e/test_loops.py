@@ -1,9 +1,8 @@
-"""Traffic that would come back to the proxy it came from: refused at once, counted, logged, and
-without burning the processor.
+"""Traffic that would come back to the proxy that it came from: refused at once, counted and logged,
+with little CPU time.
 
-Rules: a round of a loop that is not stopped takes a connection and two descriptors each time, so a
-loop shows in the proxy's CPU time and in its open connections; other traffic must go on meanwhile.
-"""
+Rules: each round of a loop that is not stopped takes a connection and two descriptors. So a loop
+shows in the proxy's CPU time and in its open connections. Other traffic must continue."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from tests.e2e.stage import (
     counted,
     curl,
     eventually,
+    exchange_raw,
     logged,
-    say,
     web_and_echo,
 )
 
@@ -34,7 +33,9 @@ OUTBOUND, INBOUND = 4140, 4143
 HELLO = b"hello from the shop"
 CONNECTIONS = 50
 BUSY = (
-    2.0  # seconds of CPU time that refusing so many connections may cost; a loop takes all there is
+    # Seconds of CPU time that the refusal of so many connections may take; a loop takes all there
+    # is
+    2.0
 )
 
 
@@ -44,9 +45,9 @@ def pair(laboratory: Laboratory) -> Pair:
 
 
 async def refused(pod: Pod, host: str, port: int, data: bytes) -> None:
-    """The connection ends at once, and brings nothing but, for HTTP, an answer that the proxy made
+    """The connection ends at once, and returns nothing, or for HTTP an error response of the proxy
     itself."""
-    assert HELLO not in await say(pod, host, port, data)
+    assert HELLO not in await exchange_raw(pod, host, port, data)
 
 
 async def many(pod: Pod, host: str, port: int, data: bytes) -> None:
@@ -77,7 +78,7 @@ async def test_an_application_that_connects_to_its_own_proxy_is_refused(
 ) -> None:
     host = {"ipv4": pair.web.ipv4, "ipv6": pair.web.ipv6}.get(place, place)
     if (place, port) == ("ipv4", OUTBOUND):
-        # The outbound proxy listens on loopback only: nobody answers there.
+        # The outbound proxy listens on loopback only, so there is no listener at that address.
         with pytest.raises(OSError, match="refused"):
             await pair.web.connect(host, port)
         return
@@ -118,7 +119,7 @@ async def test_another_pods_proxy_port_is_refused_by_that_proxy(
     assert HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body
 
 
-async def test_a_client_of_another_pods_proxy_port_is_told_why_it_failed(pair: Pair) -> None:
+async def test_a_client_of_another_pods_proxy_port_gets_the_reason(pair: Pair) -> None:
     seen = await curl(pair.web, f"http://{pair.shop.ipv4}:{INBOUND}/")
     assert seen.status == 502
     assert seen.error.startswith(("tls_", "connection_"))
@@ -128,7 +129,7 @@ async def test_a_client_of_another_pods_proxy_port_is_told_why_it_failed(pair: P
 async def test_a_directory_that_names_the_proxys_own_port_is_answered_508(
     pair: Pair, target: int
 ) -> None:
-    """As when somebody publishes the sidecar's port as the application's."""
+    """As when a directory has the sidecar's port as the application's."""
     document = pair.mesh.document()
     document["services"][0]["ports"] = [
         {"port": WEB, "target_port": target},
@@ -144,7 +145,7 @@ async def test_a_directory_that_names_the_proxys_own_port_is_answered_508(
             seen = await curl(pair.shop, f"http://{pair.service.ipv4}:{WEB}/")
             assert (seen.status, seen.error) == (508, "proxy_loop_detected")
             assert b"own listener" in seen.body
-        assert await say(pair.shop, pair.service.ipv4, ECHO, b"\x00bytes") == b""
+        assert await exchange_raw(pair.shop, pair.service.ipv4, ECHO, b"\x00bytes") == b""
         assert await counted(pair.far, "isthmus_loops_total", kind="own_target") == loops + 11
         assert pair.far.running().cpu_seconds() - cpu < BUSY
     finally:
@@ -155,7 +156,7 @@ async def test_a_directory_that_names_the_proxys_own_port_is_answered_508(
 async def take(sidecar: Sidecar, document: dict[str, Any]) -> None:
     before = await counted(sidecar, "isthmus_directory_reloads_total", result="ok")
     sidecar.write_directory(document)
-    await eventually(lambda: _more(sidecar, before), "the directory is taken")
+    await eventually(lambda: _more(sidecar, before), "the directory is loaded")
 
 
 async def _more(sidecar: Sidecar, before: float) -> bool:
@@ -176,7 +177,7 @@ async def test_a_pod_may_call_its_own_service_and_its_own_address(pair: Pair, ve
     assert await counted(pair.far, "isthmus_loops_total") == loops
 
 
-async def test_nothing_stays_open_behind_all_of_it(pair: Pair) -> None:
+async def test_nothing_stays_open_after_all_of_it(pair: Pair) -> None:
     for sidecar in pair.both:
         await eventually(
             lambda sidecar=sidecar: settled(sidecar), f"no connection is open in {sidecar.pod.name}"

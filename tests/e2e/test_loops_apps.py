@@ -1,12 +1,11 @@
-"""Loops through applications, with real software in them: each is cut, the cost is bounded, and the
-explanation names the true cycle.
+"""Loops through applications, with real software in them: each is ended, the cost is bounded, and
+the error names the true cycle.
 
 `web` calls `shop`, whose programs forward what they get: to their own service, to a service of
-`annex` that forwards it back, to themselves under another path. Rules: requests that the programs
-see for each one that is sent are as many as configured and no more; the proxies' CPU time is far
-below what a loop would take; the answer (or the log, where nobody may be told) names the way; all
-else goes on.
-"""
+`annex` that forwards it back, or to themselves under another path. Rules: for each request sent,
+the programs see at most as many as configured. The proxies' CPU time is far below what a loop would
+take. The response (or the log, if the client may not see it) names the cycle. All other traffic
+continues."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ from tests.e2e.stage import (
     curl,
     echo_server,
     eventually,
+    exchange_raw,
     logged,
     prepare,
-    say,
     web_server,
 )
 
@@ -107,19 +106,19 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @pytest.fixture(autouse=True)
 def no_storm(laboratory: Laboratory, pair: Pair) -> Iterator[None]:
-    """After each test, nothing is left under way."""
+    """After each test, no request is left in progress."""
     yield
     for each in pair.mesh.sidecars.values():
         laboratory.run(
             eventually,
             lambda each=each: quiet(each),
-            f"nothing is under way in {each.pod.name}",
+            f"nothing is in progress in {each.pod.name}",
         )
 
 
 @asynccontextmanager
 async def bounded(pair: Pair, kind: str, *, at_least: int = 1) -> AsyncIterator[None]:
-    """What happens inside is cut by a verdict of this kind, takes little CPU time, and leaves
+    """The block's traffic is ended with a verdict of this kind, takes little CPU time, and leaves
     nothing behind."""
     sidecars = list(pair.mesh.sidecars.values())
     before = sum([await counted(sidecar, "isthmus_loops_total", kind=kind) for sidecar in sidecars])
@@ -143,7 +142,7 @@ def sidecar(pair: Pair, pod: str) -> Sidecar:
 
 # Requests...
 
-# port -> (the pods that the request goes round, options of curl)
+# port -> (the pods of the loop, options of curl)
 ROUNDS = {
     "nginx to itself": (ITSELF, ("shop", "shop"), ()),
     "nginx to nginx": (TWO, ("shop", "annex", "shop"), ()),
@@ -155,7 +154,7 @@ ROUNDS = {
 
 @pytest.mark.parametrize("case", ROUNDS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_request_that_goes_round_through_applications_is_answered_508(
+async def test_a_request_that_loops_through_applications_is_answered_508(
     pair: Pair, case: str, method: str
 ) -> None:
     port, way, options = ROUNDS[case]
@@ -175,14 +174,14 @@ async def test_applications_see_each_request_as_often_as_configured_and_no_more(
     async with bounded(pair, "request", at_least=10):
         for _ in range(10):
             assert (await curl(pair.web, f"http://shop:{port}/")).status == 508
-    # Alone, nginx gets it once by its inbound side, then from itself: the first time, and as often
-    # as it may return. Of two, the first one's inbound side counts: the first time, and as often as
-    # it may return.
+    # With one pod, nginx gets it once by its inbound side, then from itself: the first time, and as
+    # often as it may return. With two pods, the first one's inbound side counts: the first time,
+    # and as often as it may return.
     each = 1 + 1 + RETURNS if len(pods) == 1 else 1 + RETURNS
     for pod, old in zip(pods, before, strict=True):
         await eventually(
             lambda pod=pod, old=old: requests(pair.cluster.pods[pod], port) >= old + 10 * each,
-            f"{pod} has written them down",
+            f"{pod} has logged them",
         )
         assert requests(pair.cluster.pods[pod], port) == old + 10 * each
 
@@ -199,14 +198,14 @@ async def test_a_request_whose_path_changes_in_each_round_ends_at_the_hop_limit(
         logger="isthmus.loopguard",
     )
     assert name(pair, "web", "shop").encode() in seen.body
-    await eventually(lambda: requests(pair.shop, GROWING) > before, "they are written down")
+    await eventually(lambda: requests(pair.shop, GROWING) > before, "they are logged")
     assert requests(pair.shop, GROWING) - before <= HOPS
 
 
 @pytest.mark.parametrize(
     ("port", "way"), [(GRPC, ("shop", "shop")), (TWO_GRPC, ("shop", "annex", "shop"))]
 )
-async def test_a_grpc_call_that_goes_round_is_aborted(
+async def test_a_grpc_call_that_loops_is_aborted(
     pair: Pair, port: int, way: tuple[str, ...]
 ) -> None:
     code = """
@@ -221,7 +220,9 @@ except grpc.RpcError as error:
     assert details.endswith(name(pair, *way))
 
 
-async def test_a_stranger_is_told_that_it_is_a_loop_and_not_who_is_in_it(pair: Pair) -> None:
+async def test_a_client_without_an_identity_gets_508_without_the_names_of_the_cycle(
+    pair: Pair,
+) -> None:
     stranger = pair.cluster.pods["stranger"]
     for port, way in ((ITSELF, ("shop", "shop")), (TWO, ("shop", "annex", "shop"))):
         async with bounded(pair, "request"):
@@ -242,8 +243,8 @@ async def test_a_relay_that_dials_itself_is_bounded(pair: Pair) -> None:
     )
     async with bounded(pair, "self_calls", at_least=3):
         for data in (b"", b"\x00bytes"):
-            assert await say(pair.web, pair.service.ipv4, RELAY, data, patience=30) == b""
-        answer = await say(pair.web, pair.service.ipv4, RELAY, LAST_GET, patience=30)
+            assert await exchange_raw(pair.web, pair.service.ipv4, RELAY, data, patience=30) == b""
+        answer = await exchange_raw(pair.web, pair.service.ipv4, RELAY, LAST_GET, patience=30)
         assert answer.startswith(b"HTTP/1.1 502 "), "what turns out to be HTTP is answered in HTTP"
     rounds = (
         await counted(
@@ -297,18 +298,17 @@ async def test_a_program_that_calls_itself_and_copies_no_field_is_bounded_as_a_r
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_a_proxy_that_its_own_redirection_does_not_exempt_is_no_storm(
+async def test_a_proxy_that_its_own_redirection_does_not_exempt_stops_itself(
     pair: Pair, version: int
 ) -> None:
-    """The commonest of all misconfigurations: the proxy runs as somebody whom the rules do not
-    exempt."""
+    """The most common misconfiguration: the proxy runs as a user that the rules do not exempt."""
     astray = pair.cluster.pods["astray"]
     its = sidecar(pair, "astray")
     assert HELLO in (await curl(astray, f"http://shop:{WEB}/")).body
     wrong = ("--no-uid", "--mark", "0x1") if "--no-uid" in exemption_flags() else ("--uid", "4242")
     await astray.intercept("--config", str(its.config_file), *wrong)
     try:
-        # A service that this pod has not called yet: kept connections go on as they were.
+        # A service that this pod has not called yet: kept connections are not affected.
         host = pair.mesh.services["annex"].address(version)
         opened = await counted(
             its, "isthmus_connections_opened_total", direction="outbound", peer="src"

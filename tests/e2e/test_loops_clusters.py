@@ -1,12 +1,11 @@
-"""Loops between clusters, through their gateways: cut at the first return to a gateway, with the
-whole way; and what is none, is not.
+"""Loops between clusters, through their gateways: ended at the first return to a gateway, with the
+whole cycle. Requests without a loop are served.
 
 `west` and `east` know each other. `ping` in west and `pong` in east are nginx that forward to each
-other, by a service that is split to the other cluster; `both` is a service of each, whose split
-sends half of its requests to the other's. By other ports the same nginx speak gRPC, drop the tokens
-and keep the rest, and go on to a third cluster, `south`: once round for `ring`, and no further than
-that for `chain`.
-"""
+other, by a service that is split to the other cluster. `both` is a service of each, whose split
+sends half of its requests to the other's. On other ports the same nginx use gRPC, drop the tokens
+and keep the rest, or forward to a third cluster, `south`: one round for `ring`, and only one way
+for `chain`."""
 
 from __future__ import annotations
 
@@ -60,12 +59,12 @@ class Scene:
 
 
 def to(service: str, cluster: str) -> list[dict[str, object]]:
-    """A split that sends all to a service of another cluster."""
+    """A split that sends all requests to a service of another cluster."""
     return [{"service": service, "cluster": cluster, "weight": 1}]
 
 
 async def furnish(mesh: Mesh, end: Pod) -> None:
-    """The services of a cluster, and the nginx behind them. `ring` and `chain` go on to the next
+    """The services of a cluster, and the nginx behind them. `ring` and `chain` forward to the next
     cluster's, the chain as far as south."""
     here = mesh.cluster.name
     name, other = WAYS[here]
@@ -95,8 +94,8 @@ async def furnish(mesh: Mesh, end: Pod) -> None:
 
 
 async def relays(mesh: Mesh) -> Process:
-    """A socat in a pod of its own that sends what it gets to the one of the other cluster. West's
-    may not have many connections."""
+    """A socat in its own pod that sends what it gets to the one of the other cluster. West's has a
+    small connection limit."""
     here, pod = mesh.cluster.name, mesh.cluster.pod("relay")
     mesh.join(pod, **({"outbound": {"max_connections": MOST}} if here == "west" else {}))
     mesh.service("relay", [pod], {RELAY: "opaque"}, export=True)
@@ -145,14 +144,14 @@ def scene(laboratory: Laboratory) -> Scene:
 
 
 async def test_splits_that_point_at_each_other_are_no_loop(scene: Scene) -> None:
-    seen = []
+    seen, loops = [], await scene.loops()
     for _ in range(60):
         for cluster in ("west", "east"):
             answer = await curl(scene.pod(cluster, "web"), f"http://both:{BOTH}/")
             assert answer.status == 200
             seen.append(answer.body)
     assert {b"west", b"east"} == set(seen)
-    assert await scene.loops() == 0
+    assert await scene.loops() == loops
 
 
 ROUNDS = {
@@ -168,10 +167,10 @@ ROUNDS = {
 
 
 @pytest.mark.parametrize("case", ROUNDS)
-async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(
+async def test_a_request_that_loops_through_clusters_is_ended_with_its_cycle(
     scene: Scene, case: str
 ) -> None:
-    """The one through three is a mirror of a mirror that comes back."""
+    """The one through three clusters is a mirror of a mirror that comes back."""
     port, way = ROUNDS[case]
     ends = scene.pod("west", "ping"), scene.pod("east", "pong")
     before = [requests(pod, port) for pod in ends]
@@ -187,12 +186,12 @@ async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(
         scene.gateway("east"), "a loop was stopped (request, gateway)", logger="isthmus.loopguard"
     )
     assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="request") == loops + 10
-    # ping has it from web and from west's gateway, pong from east's: once each, for the gateways
-    # refuse the first return.
+    # ping has it from web and from west's gateway, pong from east's: once each, because the
+    # gateways refuse the first return.
     for pod, old, each in zip(ends, before, (2, 1), strict=True):
         await eventually(
             lambda pod=pod, old=old, each=each: requests(pod, port) >= old + 10 * each,
-            f"{pod.name} has written them down",
+            f"{pod.name} has logged them",
         )
         assert requests(pod, port) == old + 10 * each
     for sidecar, old in zip(scene.sidecars, cpu, strict=True):
@@ -200,7 +199,7 @@ async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
 
 
-async def test_a_grpc_call_that_goes_round_through_two_clusters_is_aborted(scene: Scene) -> None:
+async def test_a_grpc_call_that_loops_through_two_clusters_is_aborted(scene: Scene) -> None:
     code = """
 try:
     shop.unary_unary("Name")(b"", timeout=20)
@@ -219,6 +218,7 @@ async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forward
 ) -> None:
     ends = scene.pod("west", "ping"), scene.pod("east", "pong")
     before = [requests(pod, LOST) for pod in ends]
+    loops = await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded")
     seen = await curl(scene.pod("west", "web"), f"http://ping:{LOST}/b")
     assert (seen.status, seen.error) == (508, "proxy_loop_detected")
     node = "west.gateway.isthmus.sa.cluster.local"
@@ -230,16 +230,17 @@ async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forward
             f" east/gateway -> {node} -> east/gateway"
         )
     )
-    assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded") == 1
+    now = await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded")
+    assert now == loops + 1
     for pod, old, most in zip(ends, before, (RETURNS + 2, RETURNS + 1), strict=True):
         await eventually(
             lambda pod=pod, old=old, most=most: requests(pod, LOST) >= old + most,
-            f"{pod.name} has written them down",
+            f"{pod.name} has logged them",
         )
         assert requests(pod, LOST) == old + most
 
 
-async def test_a_chain_through_three_clusters_is_no_loop(scene: Scene) -> None:
+async def test_a_chain_through_three_clusters_is_not_a_loop(scene: Scene) -> None:
     loops = await scene.loops()
     seen = await curl(scene.pod("west", "web"), f"http://chain:{CHAIN}/c")
     assert seen.status == 200
@@ -258,7 +259,7 @@ async def test_a_chain_through_three_clusters_is_no_loop(scene: Scene) -> None:
     assert await scene.loops() == loops
 
 
-async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Scene) -> None:
+async def test_the_span_of_the_gateway_that_ends_a_loop_has_its_cycle(scene: Scene) -> None:
     trace_id = f"{0xC1:032x}"
     seen = await curl(
         scene.pod("east", "web"),
@@ -268,7 +269,7 @@ async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Sce
     )
     assert (seen.status, seen.error) == (508, "proxy_loop_detected")
 
-    def told() -> list[tuple[str, str]]:
+    def cycles() -> list[tuple[str, str]]:
         events = [
             (span.pod, event) for span in scene.collector.spans(trace_id) for event in span.events
         ]
@@ -278,7 +279,7 @@ async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Sce
             if event.name == "isthmus.loop"
         ]
 
-    found = await eventually(told, "the span with the loop", 30)
+    found = await eventually(cycles, "the span with the loop", 30)
     assert found == [
         ("gateway", "west/gateway -> west/ping -> east/gateway -> east/pong -> west/gateway")
     ]
@@ -296,7 +297,7 @@ async def relayed(scene: Scene, what: str) -> list[float]:
 async def test_opaque_relays_that_go_round_by_tunnels_have_as_many_connections_as_they_may_have_and_no_more(
     scene: Scene,
 ) -> None:
-    """Nothing cuts this loop but whoever stops a relay (docs/loops.md)."""
+    """Only a limit of a relay ends this loop (docs/loops.md)."""
     cpu = [sidecar.running().cpu_seconds() for sidecar in scene.sidecars]
     async with await scene.pod("west", "web").connect(
         scene.meshes["west"].services["relay"].ipv4, RELAY
@@ -305,8 +306,9 @@ async def test_opaque_relays_that_go_round_by_tunnels_have_as_many_connections_a
         async def full() -> bool:
             return await relayed(scene, "open") == [MOST, MOST]
 
-        await eventually(full, "it has gone round as often as it may", 30)
-        await trio.sleep(1)  # for more rounds: that something does not happen cannot be waited for
+        await eventually(full, "the loop has as many connections as allowed", 30)
+        # For more rounds: a test cannot wait for something that does not happen
+        await trio.sleep(1)
         assert await relayed(scene, "opened_total") == [MOST, MOST]
         for sidecar, old in zip(scene.sidecars, cpu, strict=True):
             assert sidecar.running().cpu_seconds() - old < BUSY

@@ -1,9 +1,8 @@
-"""What looks like a loop and is none: not one refusal.
+"""Traffic that looks like a loop and is not one: no request is refused.
 
-An application that calls itself, also with the request that it is answering, one that calls back
-its caller, one that has many calls to itself under way, a client that says the same ten thousand
-times, a reverse proxy that tries again. All of them copy every field they get.
-"""
+An application that calls itself, also with the request that it is answering; one that calls back
+its caller; one that has many concurrent calls to itself; a client that repeats a request ten
+thousand times; a reverse proxy that retries. All of them copy every field that they get."""
 
 from __future__ import annotations
 
@@ -18,12 +17,13 @@ from tests.e2e.stage import ECHO, Pair, counted, curl, echo_server, eventually, 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 APP, INGRESS, RETRYING, QUICK, NOBODY = 8080, 8081, 8082, 8083, 8099
-TOGETHER = 100  # calls of a pod to itself under way at a time
+TOGETHER = 100  # concurrent calls of a pod to itself
 SAME = 10_000
 
-# A program that does what its path says, copying all fields of the request to its own: /down/N asks
-# itself for /down/N-1; /again asks itself for the same until the field Left is used up; /call/HOST
-# asks HOST for /back/<itself>, which asks for /leaf there; /wait/S answers after S seconds.
+# A program that does what its path says, and copies all fields of the request to its own: /down/N
+# requests /down/N-1 of itself; /again requests the same of itself until the field Left is used up;
+# /call/HOST requests /back/<itself> of HOST, which requests /leaf of the caller; /wait/S responds
+# after S seconds.
 PROGRAM = """
 import http.client, http.server, socket, sys, time
 ME, PORT = sys.argv[1], int(sys.argv[2])
@@ -61,8 +61,8 @@ class Server(http.server.ThreadingHTTPServer):
 Server(("::", PORT), Program).serve_forever()
 """
 
-# Opens so many connections to a host and port at once, says a line on each and reads it back, three
-# times over.
+# Opens that many connections to a host and port at once, sends a line on each and reads it back,
+# three times.
 MANY = """
 import asyncio, sys
 async def main(host, port, count):
@@ -95,8 +95,8 @@ def pair(laboratory: Laboratory) -> Pair:
         for pod in (pair.web, pair.shop):
             await pod.python("program", PROGRAM, pod.name, str(APP), port=APP)
         await echo_server(pair.shop)
-        # An ingress in front of a service that calls itself, and one whose first choice is not
-        # there.
+        # An ingress in front of a service that calls itself, and one whose first choice does not
+        # exist.
         await nginx(
             pair.shop,
             {
@@ -165,7 +165,7 @@ async def test_the_same_request_ten_thousand_times(pair: Pair) -> None:
     assert await refusals(pair) == 0
 
 
-async def test_a_pod_that_has_many_requests_to_itself_under_way(pair: Pair) -> None:
+async def test_a_pod_with_many_concurrent_requests_to_itself(pair: Pair) -> None:
     before = await counted(pair.far, "isthmus_self_calls_total")
     async with trio.open_nursery() as nursery:
         for _ in range(5):

@@ -1,11 +1,10 @@
 """Names of another cluster's services, as ordinary programs resolve them: the C library, dig and
-kdig through real interception, and a real resolver (dnsmasq) in another pod that serves all other
-names, over IPv4 and IPv6, UDP and TCP.
+kdig through real interception. A real resolver (dnsmasq) in another pod serves all other names.
+Over IPv4 and IPv6, UDP and TCP.
 
-Rules: programs find virtual addresses under every form of a name; what the resolver has comes
-through unchanged, and so does what a program asks of somebody else; nothing waits for ever, whoever
-is down; a name keeps its address over a restart of the proxy.
-"""
+Rules: programs find virtual addresses under every form of a name. The resolver's answers pass
+unchanged, and so do queries to another resolver. No query waits for ever when a resolver is down. A
+name keeps its address over a restart of the proxy."""
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ RANGES = {
 VERSIONS = pytest.mark.parametrize("version", [4, 6])
 LONG = [
     f"--txt-record=long.example.com,{number:03}{'x' * 200}" for number in range(20)
-]  # no datagram holds it
+]  # too large for a datagram
 
-# What getaddrinfo(3) fails with, and after how many seconds.
+# The error of getaddrinfo(3), and after how many seconds.
 FAILS = """
 import socket, sys, time
 started = time.monotonic()
@@ -49,8 +48,8 @@ except OSError as error:
 
 class Stage:
     """A pod `web` with a sidecar that answers for names, the pod's resolver `dns`, and a resolver
-    `other` that is not the pod's. `hasty` is the same with a pod whose sidecar does not wait for
-    resolvers as long as a busy machine may take."""
+    `other` that is not the pod's. `hasty` is a second pod whose sidecar has short timeouts for
+    resolvers, too short for a busy machine."""
 
     hasty: Stage
 
@@ -70,18 +69,18 @@ class Stage:
         await eventually(taken, "the directory is in use")
 
     async def resolve(self, name: str, version: int) -> list[str]:
-        """What getaddrinfo(3) finds."""
+        """The result of getaddrinfo(3)."""
         done = await self.web.run(["getent", f"ahostsv{version}", name], timeout=60)
         return sorted({line.split()[0] for line in done.text.splitlines()})
 
     async def quiet(self) -> None:
-        """Wait until no question is under way: who was answered late has asked twice, and the
-        second answer counts, too."""
+        """Wait until no query is in progress. A client with a late answer has asked twice, and the
+        second answer counts too."""
 
         async def none() -> bool:
             return await counted(self.sidecar, "isthmus_dns_in_flight") == 0
 
-        await eventually(none, "no question is under way")
+        await eventually(none, "no query is in progress")
 
     async def dig(
         self, name: str, *arguments: str, at: str | None = None, program: str = "dig"
@@ -107,7 +106,7 @@ def directory(*services: str) -> dict[str, Any]:
 
 
 async def resolver(pod: Pod, *records: str) -> None:
-    """dnsmasq, which knows these records and asks nobody else."""
+    """dnsmasq, which knows these records and has no upstream."""
     alone = [
         "--keep-in-foreground",
         "--no-resolv",
@@ -164,8 +163,7 @@ async def test_the_c_library_finds_a_virtual_address_under_every_form_of_a_name(
     assert [host] != await stage.resolve("db.shop.east", version)
 
 
-# getent(1) for a C library that comes without: the addresses of a name, or what getaddrinfo(3)
-# says.
+# getent(1) for a C library without it: the addresses of a name, or the error of getaddrinfo(3).
 GETENT = r"""
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -286,7 +284,7 @@ async def test_what_is_too_long_for_a_datagram_comes_over_tcp(stage: Stage) -> N
     )
 
 
-async def test_who_asks_somebody_else_is_answered_by_somebody_else(stage: Stage) -> None:
+async def test_a_query_to_another_resolver_is_answered_by_that_resolver(stage: Stage) -> None:
     for transport in ("+notcp", "+tcp"):
         done = await stage.dig("c.east", "A", transport, "+short", at=stage.other.ipv4)
         assert done.text.split() == ["192.0.2.98"]
@@ -344,7 +342,7 @@ async def test_the_check_proves_it_while_the_proxy_runs_before_and_says_when_it_
     assert await stage.resolve("c.east", 4)
 
 
-async def test_without_a_running_proxy_programs_are_told_so_at_once_and_find_the_same_address_after_it_is_back(
+async def test_without_a_running_proxy_queries_fail_at_once_and_the_address_is_the_same_after_it_is_back(
     stage: Stage,
 ) -> None:
     was = await stage.resolve("c.east", 4), await stage.resolve("c.east", 6)
@@ -352,8 +350,8 @@ async def test_without_a_running_proxy_programs_are_told_so_at_once_and_find_the
     number, seconds = (
         await stage.web.run_python(FAILS, "www.example.com", timeout=60)
     ).text.split()
-    assert int(number) == -3  # EAI_AGAIN: a failure, not an answer that there is no such name
-    assert float(seconds) < 8  # by timeouts it would be 2 s for each of 2 servers and 4 names
+    assert int(number) == -3  # EAI_AGAIN: a failure, not an answer that the name does not exist
+    assert float(seconds) < 8  # with timeouts it would be 2 s for each of 2 servers and 4 names
     await stage.sidecar.start(intercept=False)
     assert (await stage.resolve("c.east", 4), await stage.resolve("c.east", 6)) == was
 

@@ -1,10 +1,9 @@
 """From a name to the service: programs of one cluster reach services of another by `c.east`,
 through virtual addresses and a gateway.
 
-Rules: the programs know nothing but the name, and there is no resolver that answers for anything
-else; HTTP and opaque TCP work, over both address families; what the directory does not have any
-more is refused in its name, at once.
-"""
+Rules: the programs know only the name, and there is no resolver for any other name. HTTP and opaque
+TCP work, over both address families. Requests for a service that has left the directory fail at
+once."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from lab.pod import Pod
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
 from tests.e2e.database import POSTGRES, postgres
-from tests.e2e.stage import WEB, counted, curl, eventually, logged, python, say, serve
+from tests.e2e.stage import WEB, counted, curl, eventually, exchange_raw, logged, python, serve
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 VERSIONS = pytest.mark.parametrize("version", [4, 6])
 
-# Asks a PostgreSQL server whether it speaks TLS: eight bytes there, one back.
+# Asks a PostgreSQL server whether it supports TLS: eight bytes there, one back.
 SSL_REQUEST = """
 import socket, sys
 host, port, version = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -61,7 +60,7 @@ def stage(laboratory: Laboratory) -> Stage:
             east.join(pod, inbound={"require_identity": True})
         words = {"10.244.2.5": c.ipv4, "10.244.2.6": db.ipv4, "10.244.2.7": c.ipv4}
         envoy = Envoy(gateway, east.authority, east.authority.identity("gateway", "isthmus"), words)
-        east.way_in(envoy, address=area.attach(gateway).ipv4, port=4143)
+        east.announce(envoy, address=area.attach(gateway).ipv4, port=4143)
         east.service("c", [c], {WEB: "http1"}, export=True)
         east.service("db", [db], {POSTGRES: "opaque"}, export=True)
         west.link(east)
@@ -73,7 +72,7 @@ def stage(laboratory: Laboratory) -> Stage:
         web = west.cluster.pod("web")
         near = west.join(
             web, dns={"timeout": "1s"}
-        )  # the resolver is not there: nobody has to wait long for it
+        )  # there is no resolver, so waiting for it is useless
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: serve(c, "web", "::", str(WEB), "c of east", port=WEB))
             nursery.start_soon(postgres, db)
@@ -106,7 +105,7 @@ async def test_opaque_tcp_reaches_it_too(stage: Stage, version: int) -> None:
     assert (":" in address) is (version == 6)
 
 
-async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_name(
+async def test_a_removed_service_is_not_found_and_its_old_address_is_refused(
     stage: Stage,
 ) -> None:
     address = (await python(stage.web, SSL_REQUEST, "db.east", str(POSTGRES), "4")).split()[0]
@@ -122,7 +121,9 @@ async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_n
         await curl(stage.web, f"http://db.east:{POSTGRES}/")
     ).exit == 6  # could not resolve host
     assert (
-        await say(stage.web, address, POSTGRES, bytes([0, 0, 0, 8, 4, 210, 22, 47]), patience=20)
+        await exchange_raw(
+            stage.web, address, POSTGRES, bytes([0, 0, 0, 8, 4, 210, 22, 47]), patience=20
+        )
         == b""
     )
     line = await logged(stage.near, f"{address}:{POSTGRES}", reason="no_endpoint")
@@ -131,6 +132,6 @@ async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_n
     stage.west.publish()
 
 
-async def test_an_address_of_the_range_that_nobody_has_leads_nowhere(stage: Stage) -> None:
+async def test_an_address_of_the_range_without_a_service_is_refused(stage: Stage) -> None:
     answer = await curl(stage.web, "http://240.1.2.3/")
     assert (answer.status, answer.error) == (503, "destination_unavailable")

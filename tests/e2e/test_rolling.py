@@ -1,10 +1,9 @@
 """A rolling restart of two replicas under load loses no request.
 
-Rules: Kubernetes tells the application and its sidecar to stop at the same moment, and takes the
-pod out of the directory somewhat later. The application is one of many such: it stops listening,
-ends what it has, and then itself. A POST is sent again only where nothing has looked at it. Every
-request that a client has sent is accounted for.
-"""
+Rules: Kubernetes sends SIGTERM to the application and its sidecar at the same moment, and removes
+the pod from the directory later. The application is a typical one: it stops listening, finishes
+what it has, and then ends. A POST is retried only if it was not processed. The outcome of every
+request is recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.lab
 
 APP = 8090
 REQUESTS = 400  # between two steps
-LATE = 1.0  # seconds until the directory is told
+LATE = 1.0  # seconds until the directory changes
 SETTINGS: dict[str, Any] = {"shutdown": {"grace": "60s"}}
 
 # Ends with SIGTERM, when its open connections have ended.
@@ -128,7 +127,7 @@ async def test_one_replica_after_the_other(replicas: Replicas, body: bytes) -> N
 
 
 async def test_applications_that_end_before_their_sidecars(replicas: Replicas) -> None:
-    """They are restarted beside them, one after the other, and the directory says nothing of it."""
+    """They are restarted beside their sidecars, in sequence, and the directory does not change."""
     async with Load(replicas.web, replicas.service.ipv4, APP) as load:
         await load.more(REQUESTS)
         for pod in replicas.pods * 2:

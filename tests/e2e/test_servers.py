@@ -1,8 +1,7 @@
-"""Servers that are no web servers: a real PostgreSQL, and mail servers, which speak first.
+"""Servers other than web servers: a real PostgreSQL, and mail servers, which send first.
 
-Rules: a port that somebody declared opaque costs no waiting; a port that nobody declared works as
-well, after the detection timeout if the server is the one who speaks first.
-"""
+Rules: a port that is declared opaque causes no wait. An undeclared port works as well, after the
+detection timeout if the server sends first."""
 
 from __future__ import annotations
 
@@ -12,14 +11,13 @@ from lab.process import Completed
 from tests.e2e import database
 from tests.e2e.conftest import Laboratory
 from tests.e2e.database import POSTGRES, postgres
-from tests.e2e.stage import MAIL, Pair, client, counted, eventually, prepare, say, serve
+from tests.e2e.stage import MAIL, Pair, client, counted, eventually, exchange_raw, prepare, serve
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 UNDECLARED = 15432
 UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
-# Seconds, configured below. A client that has something to say first has to do so before, on a busy
-# machine too.
+# Seconds, configured below. A client that sends first has to do so earlier, even on a busy machine.
 DETECTION = 6.0
 HELLO = 3.0  # inbound.hello_timeout
 PATIENCE = 15.0
@@ -55,7 +53,7 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.near.write_directory(document)
         await eventually(
             lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"),
-            "the directory is taken",
+            "the directory is loaded",
         )
         return pair
 
@@ -80,7 +78,7 @@ async def test_psql_talks_to_a_postgresql_server(pair: Pair, port: int, sslmode:
     before = await waited(pair)
     done = await psql(pair, "select 6 * 7, inet_server_port()", port=port, sslmode=sslmode)
     assert done.text == f"42|{POSTGRES}\n", done.stderr.decode()
-    assert await waited(pair) == before  # the client speaks first
+    assert await waited(pair) == before  # the client sends first
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -133,7 +131,7 @@ async def test_the_database_was_reached_by_mutual_tls_only(pair: Pair) -> None:
 
 
 async def waited(pair: Pair) -> float:
-    """How often a proxy has waited in vain for a client's first word."""
+    """How often a proxy has waited for a client's first bytes until the timeout."""
     return sum(
         [
             await counted(sidecar, "isthmus_detections_total", result="silent")
@@ -142,14 +140,14 @@ async def waited(pair: Pair) -> float:
     )
 
 
-async def test_a_server_that_speaks_first_is_heard_at_once_on_a_declared_port(pair: Pair) -> None:
+async def test_the_first_bytes_of_a_server_arrive_at_once_on_a_declared_port(pair: Pair) -> None:
     before = await waited(pair)
     seen = await client(pair.web, "mail", "shop", str(MAIL), "tangerine")
     assert seen["refused"] == 0
     assert await waited(pair) == before
 
 
-async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_on_an_undeclared_port(
+async def test_the_first_bytes_of_a_server_arrive_after_the_detection_timeout_on_an_undeclared_port(
     pair: Pair,
 ) -> None:
     seen = await client(pair.web, "mail", "shop", str(UNDECLARED_MAIL), "tangerine")
@@ -158,9 +156,9 @@ async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_o
     assert await counted(pair.near, "isthmus_detections_total", result="silent") >= 1
 
 
-async def test_a_client_without_a_sidecar_hears_the_server_too(pair: Pair) -> None:
-    """Its connection is not TLS: on a declared port that is known after a moment, on an undeclared
-    one after the timeout."""
+async def test_a_client_without_a_sidecar_gets_the_first_bytes_of_a_server_too(pair: Pair) -> None:
+    """Its connection is not TLS. On a declared port the proxy knows that after a moment, on an
+    undeclared one after the timeout."""
     stranger = pair.cluster.pods["stranger"]
     declared = await client(stranger, "mail", pair.shop.ipv4, str(PLAIN_MAIL), "tangerine")
     undeclared = await client(stranger, "mail", pair.shop.ipv4, str(UNDECLARED_MAIL), "tangerine")
@@ -170,8 +168,8 @@ async def test_a_client_without_a_sidecar_hears_the_server_too(pair: Pair) -> No
     assert declared["greeting_seconds"] < undeclared["greeting_seconds"]
 
 
-async def test_a_client_that_leaves_without_a_word_harms_nobody(pair: Pair) -> None:
+async def test_a_client_that_vanishes_does_no_harm(pair: Pair) -> None:
     for port in (MAIL, UNDECLARED_MAIL):
-        heard = await say(pair.web, pair.service.ipv4, port, b"", end=True)
-        assert heard == b"" or heard.startswith(b"220")
+        received = await exchange_raw(pair.web, pair.service.ipv4, port, b"", end=True)
+        assert received == b"" or received.startswith(b"220")
     assert (await client(pair.web, "mail", "shop", str(MAIL), "tangerine"))["refused"] == 0

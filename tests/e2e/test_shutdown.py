@@ -1,10 +1,9 @@
-"""The end of a proxy: SIGTERM lets what is on its way finish, within the grace; a second SIGTERM
-does not wait.
+"""The end of a proxy: after SIGTERM, exchanges in progress may finish within the grace period. A
+second SIGTERM ends it at once.
 
-Rules: the application is told to stop at the same moment as its sidecar and may have work to
-finish, so the outbound side serves it until it is quiet. Every test ends a proxy, so every test has
-one of its own.
-"""
+Rules: the application gets SIGTERM at the same moment as its sidecar and may have work to finish.
+So the outbound side serves it until it is idle. Every test ends a proxy, so every test has its
+own."""
 
 from __future__ import annotations
 
@@ -26,15 +25,15 @@ from tests.e2e.stage import (
     Pair,
     echo_server,
     eventually,
+    exchange_raw,
     prepare,
-    say,
     web_server,
 )
 
 pytestmark = pytest.mark.lab
 
 SLOW = 8300
-# Says that it has been asked, and answers when the file that the path names is there.
+# Creates a file when it has a request, and responds when the file that the path names exists.
 SLOW_SERVER = """
 import http.server, os, socket, sys, time
 class Server(http.server.ThreadingHTTPServer):
@@ -53,8 +52,8 @@ Server(("::", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-GRACE = 60.0  # seconds: what ends sooner has not been waited for to the end
-SHORT = 4.0  # where it is to be waited for
+GRACE = 60.0  # seconds: an earlier end did not wait for the whole period
+SHORT = 4.0  # where the whole period is waited for
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def pair(laboratory: Laboratory, request: pytest.FixtureRequest) -> Pair:
 
 
 def stop(sidecar: Sidecar) -> float:
-    """Tell a proxy to stop; when."""
+    """Send SIGTERM to a proxy; returns the time."""
     sidecar.running().signal(signal.SIGTERM)
     return time.monotonic()
 
@@ -103,7 +102,7 @@ def in_background(nursery: trio.Nursery, function: Callable[[], Awaitable[bytes]
 
 def slow(pair: Pair, file: str) -> Callable[[], Awaitable[bytes]]:
     request = f"GET /{file} HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n".encode()
-    return lambda: say(pair.web, pair.service.ipv4, SLOW, request, patience=GRACE)
+    return lambda: exchange_raw(pair.web, pair.service.ipv4, SLOW, request, patience=GRACE)
 
 
 async def test_an_idle_proxy_ends_at_once_with_exit_code_0(pair: Pair) -> None:
@@ -111,7 +110,7 @@ async def test_an_idle_proxy_ends_at_once_with_exit_code_0(pair: Pair) -> None:
     assert await ended(pair.far) == 0
 
 
-async def test_the_servers_proxy_finishes_the_requests_it_has_and_takes_no_others(
+async def test_the_servers_proxy_finishes_the_requests_it_has_and_accepts_no_others(
     pair: Pair,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -122,7 +121,7 @@ async def test_the_servers_proxy_finishes_the_requests_it_has_and_takes_no_other
         assert (status, body) == (503, "not ready: shutting down\n")
         assert (await pair.far.admin("/live"))[0] == 200
         assert (await pair.far.admin("/metrics"))[0] == 200
-        refused = await say(pair.web, pair.service.ipv4, WEB, LAST_GET)
+        refused = await exchange_raw(pair.web, pair.service.ipv4, WEB, LAST_GET)
         assert refused.startswith(b"HTTP/1.1 502")
         assert b"error=connection_refused" in refused
         assert not answers
@@ -138,8 +137,8 @@ async def _not_ready(sidecar: Sidecar) -> Any:
 
 
 async def test_the_clients_proxy_serves_the_application_until_it_is_quiet(pair: Pair) -> None:
-    """While it has one connection open all its new ones are served, though the proxy was told to
-    stop before the first."""
+    """While it has one connection open all its new ones are served, although the proxy got SIGTERM
+    before the first."""
     stream = await pair.web.connect(pair.service.ipv4, ECHO)
     async with stream:
         await stream.send_all(b"hello")
@@ -147,21 +146,21 @@ async def test_the_clients_proxy_serves_the_application_until_it_is_quiet(pair: 
         stop(pair.near)
         await eventually(lambda: _not_ready(pair.near), "not ready any more")
         for _ in range(3):
-            answer = await say(pair.web, pair.service.ipv4, WEB, LAST_GET)
+            answer = await exchange_raw(pair.web, pair.service.ipv4, WEB, LAST_GET)
             assert answer.startswith(b"HTTP/1.1 200")
             assert (
-                await say(pair.web, pair.service.ipv4, ECHO, b"last words", end=True)
+                await exchange_raw(pair.web, pair.service.ipv4, ECHO, b"last words", end=True)
                 == b"last words"
             )
-            await trio.sleep(1.2)  # longer than the moment after which it would be taken for quiet
+            await trio.sleep(1.2)  # longer than the time after which it would be taken for idle
             assert pair.near.running().alive
     assert await ended(pair.near) == 0
 
 
 async def test_under_load_nothing_that_was_taken_is_lost(pair: Pair) -> None:
-    """The client's proxy ends kept connections behind a response, and says so; the application goes
-    on with new ones to the end. One that carries nothing stays open, or a moment without requests,
-    as on a busy machine, would be the end."""
+    """The client's proxy closes kept connections after a response, and announces that. The
+    application uses new ones until the end. An idle connection stays open. Otherwise a moment
+    without requests, as on a busy machine, would be the end."""
     held = await pair.web.connect(pair.service.ipv4, ECHO)
     async with held, Load(pair.web, pair.service.ipv4, WEB) as load:
         await load.more(100)
@@ -169,7 +168,7 @@ async def test_under_load_nothing_that_was_taken_is_lost(pair: Pair) -> None:
         await load.more(200)
         await load.stop()
     assert load.bad == {}
-    assert load.connections > 12  # each request on its own now
+    assert load.connections > 12  # each request on its own connection now
     assert await ended(pair.near) == 0
 
 
@@ -179,8 +178,7 @@ async def test_the_servers_proxy_under_load_loses_nothing_that_it_has_taken(pair
         stop(pair.far)
         assert await ended(pair.far) == 0
         await load.more(1, "502 connection_refused")
-    # A few refusals are enough for the one endpoint to be taken for broken: then requests are told
-    # so without being sent.
+    # A few refusals open the circuit of the only endpoint. Then requests fail without being sent.
     assert set(load.bad) <= {"502 connection_refused", "503 destination_unavailable"}
 
 
@@ -231,10 +229,12 @@ async def test_a_second_sigterm_ends_it_at_once(pair: Pair, side: str) -> None:
 
 
 async def test_a_sidecar_that_is_killed_leaves_its_rules_and_starts_again(pair: Pair) -> None:
-    """Without a proxy nothing goes past the rules; with a new one everything is as before."""
+    """Without a proxy no traffic bypasses the rules. With a new one everything is as before."""
     pair.near.running().kill()
     await pair.near.running().wait()
     with pytest.raises(OSError, match="refused"):
         await pair.web.connect(pair.service.ipv4, WEB)
     await pair.near.start(intercept=False)
-    assert (await say(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
+    assert (await exchange_raw(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(
+        b"HTTP/1.1 200"
+    )

@@ -1,10 +1,9 @@
-"""An application that is told to stop, and waits for its open connections to end, ends as soon as
-it would without a sidecar.
+"""An application that gets SIGTERM and waits for its open connections to end, ends as soon as it
+would without a sidecar.
 
-Rules: the application is one of many such: the threads of the standard library's server, joined at
-its end. A prober asks it every half second, as the kubelet does, on a new connection each time.
-What is measured is how long the program runs after its SIGTERM.
-"""
+Rules: the application is a typical one: the threads of the standard library's server, joined at its
+end. A prober sends it a request every half second, as the kubelet does, on a new connection each
+time. The measured time is from its SIGTERM to its end."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ server.serve_forever()
 server.server_close()
 """
 PAUSE = 0.5  # seconds between probes
-LATER = 1.5  # seconds that may be lost beside a sidecar
+LATER = 1.5  # seconds that may be lost with a sidecar
 PATIENCE = 20.0
 
 
@@ -71,7 +70,7 @@ async def application(pod: Pod) -> Process:
 
 @dataclass
 class Prober:
-    """What probes came to, by their time."""
+    """The results of probes, by their time."""
 
     outcomes: list[tuple[float, str]] = field(default_factory=list)
 
@@ -102,7 +101,7 @@ async def probing(pod: Pod, host: str) -> AsyncIterator[Prober]:
 
 
 async def ask(pod: Pod, host: str) -> str:
-    """A request on a new connection, as the kubelet makes it: its status, or what became of it."""
+    """A request on a new connection, as the kubelet makes it. Returns its status, or its error."""
     try:
         stream = await pod.connect(host, APP)
         async with stream:
@@ -115,7 +114,7 @@ async def ask(pod: Pod, host: str) -> str:
 
 
 async def ends(process: Process) -> float:
-    """Tell a program to stop; after how many seconds it has ended."""
+    """Send SIGTERM to a program. Returns after how many seconds it has ended."""
     began = time.monotonic()
     process.signal(signal.SIGTERM)
     with trio.fail_after(PATIENCE):
@@ -137,22 +136,23 @@ def term(sidecar: Sidecar) -> float:
     return time.monotonic()
 
 
-async def test_it_is_told_together_with_its_sidecar(pair: Pair) -> None:
+async def test_it_gets_sigterm_together_with_its_sidecar(pair: Pair) -> None:
     alone = await without_a_sidecar(pair.cluster)
     async with probing(pair.cluster.pods["prober"], pair.shop.ipv4) as prober:
         await prober.answered()
         told = term(pair.far)
         assert await ends(pair.shop.processes["application"]) < alone + LATER
         await trio.sleep(2 * PAUSE)
-        # Without a sidecar too: nobody listens any more. The first probe may have been under way.
+        # Without a sidecar too: there is no listener any more. The first probe may have been in
+        # progress.
         assert prober.since(told + PAUSE) == {"ConnectionRefusedError"}
     with trio.fail_after(PATIENCE):
         assert await pair.far.running().wait() == 0
 
 
-async def test_it_is_told_before_its_sidecar(pair: Pair) -> None:
-    """As with native sidecars. The sidecar does not know that its application is going down, and
-    goes on to accept probes."""
+async def test_it_gets_sigterm_before_its_sidecar(pair: Pair) -> None:
+    """As with native sidecars. The sidecar does not know that its application is ending, and
+    continues to accept probes."""
     alone = await without_a_sidecar(pair.cluster)
     async with probing(pair.cluster.pods["prober"], pair.shop.ipv4) as prober:
         await prober.answered()
@@ -164,8 +164,8 @@ async def test_it_is_told_before_its_sidecar(pair: Pair) -> None:
 
 
 async def test_clients_of_the_mesh_that_have_left_do_not_hold_it_up(pair: Pair) -> None:
-    """Their sidecar keeps its connections for a while, and with them the application's; no longer
-    than they are kept."""
+    """Their sidecar keeps its connections for a while, and so the application's connections too,
+    but not longer."""
     for _ in range(5):
         assert (await curl(pair.web, f"http://shop:{APP}/")).status == 200
     began = time.monotonic()
@@ -173,7 +173,7 @@ async def test_clients_of_the_mesh_that_have_left_do_not_hold_it_up(pair: Pair) 
     assert time.monotonic() - began < 3 + LATER
 
 
-async def test_the_application_may_open_connections_for_a_while_after_its_sidecar_was_told(
+async def test_the_application_may_open_connections_for_a_while_after_the_sigterm_to_its_sidecar(
     pair: Pair,
 ) -> None:
     told = term(pair.far)

@@ -1,9 +1,8 @@
-"""What connections and bodies cost in memory.
+"""The memory of connections and bodies.
 
 Rules: resident memory of the proxies as the kernel counts it, measured at rest before and after,
-and at its highest while bodies pass. The proxies have done their work once before anything is
-measured: what a first connection builds is built for all.
-"""
+and at its peak during the transfer of bodies. The proxies have done the same work once before the
+measurement, because the first connection builds objects that all share."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ CONNECTIONS = 1000
 PER_CONNECTION = 64 * 1024  # bytes
 GIBIBYTE = 1024**3
 GROWTH = 5 * 1024**2  # bytes
-IDLE = 100 * 1024**2  # bytes; far above what is measured: only to notice a mistake
+IDLE = 100 * 1024**2  # bytes; far above the measured values: only to notice a mistake
 
 NGINX = """
 daemon off; pid nginx.pid; error_log stderr warn; worker_processes 1;
@@ -37,7 +36,7 @@ http {
 }
 """
 
-# Takes a body of any length as fast as it comes, and answers how long it was.
+# Reads a body of any length as fast as it arrives, and responds with its length.
 SINK = """
 import socket, sys
 listener = socket.create_server(("::", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -59,8 +58,8 @@ while True:
 UPLOADS = 8090
 STREAMS = 8091
 
-# Opens connections that say six bytes, which begin no request, and stay; then waits for the end of
-# its input.
+# Opens connections that send six bytes, which start no request, and stay open. Then waits for the
+# end of its input.
 HOLDER = """
 import resource, socket, sys, time
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -108,8 +107,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @contextmanager
 def usual_limit() -> Iterator[None]:
-    """What is started within finds the soft limit that most systems set, and has to see to it
-    itself that it can hold more."""
+    """Programs that are started in the block get the soft limit that most systems set, and have to
+    raise it themselves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -127,7 +126,7 @@ def mib(size: float) -> str:
 
 
 class Highest:
-    """The highest resident memory while a block runs, looked at often."""
+    """The peak of the resident memory while a block runs, sampled often."""
 
     def __init__(self, processes: list[Process]) -> None:
         self._processes = processes
@@ -191,8 +190,7 @@ async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_e
 
 
 async def grown(pair: Pair, *arguments: str) -> list[int]:
-    """By how much the proxies grow, at the most, while curl does this; how long it took is
-    printed."""
+    """The maximum growth of the proxies' memory while curl does this. Prints how long it took."""
     before = [process.rss() for process in proxies(pair)]
     highest = Highest(proxies(pair))
     async with trio.open_nursery() as nursery:
@@ -234,7 +232,7 @@ async def test_a_gibibyte_up_leaves_the_proxies_as_small_as_they_were(pair: Pair
 
 
 async def test_a_client_that_does_not_read_holds_nothing_but_buffers(pair: Pair) -> None:
-    """Back-pressure: the server is not read ahead of the client."""
+    """Back-pressure: the proxy does not read more from the server than the client reads."""
     before = [process.rss() for process in proxies(pair)]
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:

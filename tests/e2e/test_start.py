@@ -1,8 +1,7 @@
-"""A proxy that cannot start says why in one line, and in its exit code: 64 for what it was given,
-69 for what it cannot have.
+"""A proxy that cannot start prints the reason in one line, and has an exit code for it: 64 for
+wrong settings, 69 for unavailable resources.
 
-Rules: the real command, no pod; each case is one change to a configuration that is good.
-"""
+Rules: the real command, no pod. Each case is one change to a good configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from lab.sidecar import Authority
 
 
 def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """`isthmus run` that does not get far: its exit code, and what it said."""
+    """`isthmus run` with a configuration that it refuses: its exit code, and its output."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_")}
     command = [sys.executable, "-m", "proxy.cli", "run", *arguments]
     done = subprocess.run(
@@ -39,7 +38,7 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    """A configuration whose files are all there, on ports that nobody has."""
+    """A configuration whose files all exist, on free ports."""
     ours = Authority()
     issued = ours.issue(ours.identity("web"))
     for name, data in (
@@ -77,12 +76,12 @@ def test_a_file_that_is_missing_at_the_start_is_one_line_and_exit_code_64(
 ) -> None:
     path = write(tmp_path, config)
     (tmp_path / missing).unlink()
-    code, said = run("--config", path)
+    code, output = run("--config", path)
     assert code == 64
-    assert said.count("\n") == 1
-    assert said.startswith("isthmus: ")
-    assert str(tmp_path / missing) in said
-    assert "Traceback" not in said
+    assert output.count("\n") == 1
+    assert output.startswith("isthmus: ")
+    assert str(tmp_path / missing) in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("broken", ["directory.yaml", "certificate.pem", "key.pem", "roots.pem"])
@@ -90,10 +89,10 @@ def test_a_file_that_is_broken_at_the_start_is_named_and_exit_code_64(
     tmp_path: Path, config: dict[str, Any], broken: str
 ) -> None:
     (tmp_path / broken).write_text("nonsense: [")
-    code, said = run("--config", write(tmp_path, config))
+    code, output = run("--config", write(tmp_path, config))
     assert code == 64
-    assert str(tmp_path / broken) in said
-    assert "Traceback" not in said
+    assert str(tmp_path / broken) in output
+    assert "Traceback" not in output
 
 
 def test_an_expired_certificate_at_the_start_is_exit_code_64(
@@ -107,19 +106,19 @@ def test_an_expired_certificate_at_the_start_is_exit_code_64(
         ("roots.pem", ours.root.certificate_pem),
     ):
         (tmp_path / name).write_bytes(data)
-    code, said = run("--config", write(tmp_path, config))
+    code, output = run("--config", write(tmp_path, config))
     assert code == 64
-    assert "expired" in said
-    assert said.count("\n") == 1
+    assert "expired" in output
+    assert output.count("\n") == 1
 
 
-def test_all_mistakes_of_a_configuration_are_told_at_once(
+def test_all_mistakes_of_a_configuration_are_reported_at_once(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     config["http"] = {"head_timeout": "ten seconds", "max_head_byte": "64KiB"}
     config["outbound"] = {"listen": ["localhost:4140"]}
     config["log"] = {"level": "loud"}
-    code, said = run(
+    code, output = run(
         "--config", write(tmp_path, config), environment={"ISTHMUS_POOL__IDLE_TIMEOUT": "-1s"}
     )
     assert code == 64
@@ -130,9 +129,9 @@ def test_all_mistakes_of_a_configuration_are_told_at_once(
         "log.level",
         "pool.idle_timeout",
     ):
-        assert path in said
-    assert str(tmp_path / "isthmus.yaml") in said
-    assert "Traceback" not in said
+        assert path in output
+    assert str(tmp_path / "isthmus.yaml") in output
+    assert "Traceback" not in output
 
 
 def test_a_port_that_is_taken_is_named_and_exit_code_69(
@@ -141,22 +140,22 @@ def test_a_port_that_is_taken_is_named_and_exit_code_69(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         config["inbound"] = {"listen": [address]}
-        code, said = run("--config", write(tmp_path, config))
+        code, output = run("--config", write(tmp_path, config))
     assert code == 69
-    assert said == f"isthmus: cannot listen on {address}: another process listens there already\n"
+    assert output == f"isthmus: cannot listen on {address}: another process listens there already\n"
 
 
 def test_the_configuration_that_is_good_starts(tmp_path: Path, config: dict[str, Any]) -> None:
-    """So the other tests fail for their own reasons."""
+    """So the other tests fail for the reasons that they name."""
     command = [sys.executable, "-m", "proxy.cli", "run", "--config", write(tmp_path, config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None
         try:
-            said = ""
-            while "identity: spiffe://" not in said:
+            output = ""
+            while "identity: spiffe://" not in output:
                 line = process.stderr.readline()
-                assert line, said
-                said += line
+                assert line, output
+                output += line
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:

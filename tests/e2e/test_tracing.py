@@ -1,8 +1,7 @@
 """Traces of requests through two sidecars, as a collector in another pod receives them.
 
-Rules: what is asserted was exported by running proxies and decoded by lab/collector.py. The
-applications know nothing but headers: curl sends one, and the server says what it was sent.
-"""
+Rules: every asserted span was exported by running proxies and decoded by lab/collector.py. The
+applications know only headers: curl sends one, and the server returns the one that it got."""
 
 from __future__ import annotations
 
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from lab.collector import Span, read
-from lab.pod import PACKAGES
+from lab.pod import PACKAGES, Pod
 from lab.process import Process
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import (
@@ -30,9 +30,9 @@ from tests.e2e.stage import (
     curl,
     echo_server,
     eventually,
+    exchange_raw,
     logged,
     prepare,
-    say,
     web_server,
 )
 
@@ -40,6 +40,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 OTLP = 4318
 CALLER = "00f067aa0ba902b7"
+LABELS = 'pod-template-hash="7d4b9c6f5d"\napp="shop"\n'
 _traces = itertools.count(1)
 
 
@@ -57,12 +58,15 @@ class Scene:
     file: Path
     collector: Process
 
+    async def start_collector(self) -> None:
+        self.collector = await collector(self.pair.cluster.pods["collector"], self.file)
+
     def spans(self, keep: Callable[[Span], bool]) -> list[Span]:
         return [span for span in read(self.file) if keep(span)]
 
     async def trace(self, trace: str, count: int | None = None) -> list[Span]:
-        """The spans of a trace, the first hop's first, once there are `count`; None: once there is
-        a server's, and all that is named by any."""
+        """The spans of a trace, the first hop's first, once there are `count`. Without `count`:
+        once there is a server's span, and all named parents."""
 
         def all_of_them() -> list[Span]:
             spans = self.spans(lambda span: span.trace_id == trace)
@@ -79,10 +83,15 @@ class Scene:
         return sorted(found, key=lambda span: span.start)
 
 
+async def collector(pod: Pod, file: Path) -> Process:
+    """Start a collector that appends the spans to a file."""
+    command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
+    return await pod.start("collector", command, port=OTLP, env=PACKAGES)
+
+
 @pytest.fixture(scope="module")
 def scene(laboratory: Laboratory) -> Scene:
     async def build() -> Scene:
-        labels = 'pod-template-hash="7d4b9c6f5d"\napp="shop"\n'
         pair = prepare(laboratory.lab, {WEB: "detect", MAIL: "opaque", ECHO: "opaque"})
         jaeger = pair.cluster.pod("collector")
         for sidecar in pair.both:
@@ -99,7 +108,7 @@ def scene(laboratory: Laboratory) -> Scene:
         }
         podinfo = pair.shop.directory / "podinfo"
         podinfo.mkdir()
-        (podinfo / "labels").write_text(labels)
+        (podinfo / "labels").write_text(LABELS)
         (podinfo / "annotations").write_text('note="a \\"quoted\\" word"\n')
         pair.far.settings["tracing"] |= {
             "podinfo": str(podinfo),
@@ -107,14 +116,13 @@ def scene(laboratory: Laboratory) -> Scene:
             "resource": ["deployment.environment.name=test"],
         }
         file = jaeger.directory / "spans"
-        command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
-        collector = await jaeger.start("collector", command, port=OTLP, env=PACKAGES)
+        process = await collector(jaeger, file)
         pair.mesh.join(
             pair.cluster.pod("leaver"),
             tracing={"delay": "5m", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"},
         )
-        # An endpoint that has not answered yet is expected to be quicker than any that has: so each
-        # is asked, whichever is the first.
+        # An endpoint without a response yet is expected to be faster than those with one. So both
+        # are tried, whichever is the first.
         curious = {"balancing": {"default_rtt": "0.1ms"}}
         pair.mesh.service("twice", [pair.shop, jaeger], {WEB: "http1"}, policy=curious)
         insistent = {"retries": {"statuses": [501], "limit": 2}, "breaker": {"failures": 0}}
@@ -122,7 +130,7 @@ def scene(laboratory: Laboratory) -> Scene:
         await web_server(pair.shop)
         await echo_server(pair.shop)
         await pair.mesh.start()
-        return Scene(pair, file, collector)
+        return Scene(pair, file, process)
 
     return laboratory.run(build)
 
@@ -149,14 +157,12 @@ async def test_a_request_has_a_span_at_each_sidecar(scene: Scene) -> None:
         True,
     )
     assert (near.state, far.state) == ("a=1", "a=1")
-    assert (
-        near.start <= far.start <= near.end
-    )  # which of the two ends first is the scheduler's business
+    assert near.start <= far.start <= near.end  # the scheduler decides which of the two ends first
     assert "hunter2" not in json.dumps([str(near), str(far)])
 
 
-async def told_of(scene: Scene, trace: str) -> dict[str, Any]:
-    """What the application is sent of a request of this trace; its spans come too."""
+async def request_of(scene: Scene, trace: str) -> dict[str, Any]:
+    """What the application gets with a request of this trace; its spans too."""
     answer = await curl(
         scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/head"
     )
@@ -164,15 +170,15 @@ async def told_of(scene: Scene, trace: str) -> dict[str, Any]:
     return found
 
 
-async def test_the_application_is_told_of_the_last_span(scene: Scene) -> None:
+async def test_the_application_gets_the_last_span(scene: Scene) -> None:
     trace = new_trace()
-    told = dict((await told_of(scene, trace))["headers"])
+    headers = dict((await request_of(scene, trace))["headers"])
     _, far = await scene.trace(trace, 2)
-    assert told["traceparent"] == f"00-{trace}-{far.span_id}-01"
-    assert told["tracestate"] == "a=1"
+    assert headers["traceparent"] == f"00-{trace}-{far.span_id}-01"
+    assert headers["tracestate"] == "a=1"
 
 
-async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: Scene) -> None:
+async def test_a_span_has_its_pod_and_the_identity_of_its_peer(scene: Scene) -> None:
     trace, pair = new_trace(), scene.pair
     await curl(pair.web, *context(trace), f"http://shop:{WEB}/path")
     near, far = await scene.trace(trace, 2)
@@ -220,7 +226,7 @@ async def test_other_formats_join_the_spans_as_well(scene: Scene, headers: list[
     assert (near.parent_id, far.parent_id) == (CALLER, near.span_id)
 
 
-async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(
+async def test_an_unsampled_trace_leaves_no_span_even_at_ratio_one(
     scene: Scene,
 ) -> None:
     trace, marker = new_trace(), new_trace()
@@ -230,10 +236,12 @@ async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(
     assert not scene.spans(lambda span: span.trace_id == trace)
 
 
-async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so(scene: Scene) -> None:
-    await curl(scene.pair.web, f"http://shop:{WEB}/begun-here")
+async def test_a_request_without_a_trace_starts_one_at_the_sampling_ratio(scene: Scene) -> None:
+    await curl(scene.pair.web, f"http://shop:{WEB}/started-here")
     (span,) = await eventually(
-        lambda: scene.spans(lambda s: s.attributes.get("url.path") == "/begun-here"), "the span", 30
+        lambda: scene.spans(lambda s: s.attributes.get("url.path") == "/started-here"),
+        "the span",
+        30,
     )
     assert (span.kind, span.parent_id, span.pod) == ("server", "", "shop-7d4b9c6f5d-x2x9k")
 
@@ -262,11 +270,14 @@ async def test_a_failure_is_on_both_spans_with_its_reason(scene: Scene) -> None:
     assert (near.status, near.attributes["error.type"]) == (
         "error",
         "connect_refused",
-    )  # as the server's sidecar has told it
+    )  # as the server's sidecar has sent it
 
 
 async def test_an_opaque_connection_is_a_span_where_the_ratio_says_so(scene: Scene) -> None:
-    assert await say(scene.pair.web, scene.pair.service.ipv4, ECHO, b"hello", end=True) == b"hello"
+    assert (
+        await exchange_raw(scene.pair.web, scene.pair.service.ipv4, ECHO, b"hello", end=True)
+        == b"hello"
+    )
     (span,) = await eventually(
         lambda: scene.spans(lambda s: s.name == "TCP" and s.attributes["isthmus.bytes.read"] == 5),
         "the span",
@@ -285,8 +296,8 @@ async def test_an_opaque_connection_is_a_span_where_the_ratio_says_so(scene: Sce
 async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_did(
     scene: Scene,
 ) -> None:
-    """Of the service `twice` one endpoint has no server. Which one is asked first is chance, but
-    the other is the next."""
+    """One endpoint of the service `twice` has no server. Chance decides which one is tried first,
+    but the other is the next."""
     dead = scene.pair.cluster.pods["collector"]
     for _ in range(3):
         trace = new_trace()
@@ -308,8 +319,8 @@ async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_
     assert first.end <= again.start
 
 
-async def test_what_is_tried_again_for_its_status_has_a_span_for_each_attempt(scene: Scene) -> None:
-    """The server knows no PUT, and says so each time."""
+async def test_a_retried_status_has_a_span_for_each_attempt(scene: Scene) -> None:
+    """The server does not support PUT, and responds so each time."""
     trace = new_trace()
     answer = await curl(scene.pair.web, "-X", "PUT", *context(trace), f"http://again:{WEB}/")
     assert answer.status == 501
@@ -334,22 +345,36 @@ async def test_what_is_tried_again_for_its_status_has_a_span_for_each_attempt(sc
 
 async def test_labels_that_change_are_on_the_next_spans(scene: Scene) -> None:
     labels = scene.pair.shop.directory / "podinfo" / "labels"
-    labels.with_suffix(".new").write_text('app="renamed"\n')
-    labels.with_suffix(".new").rename(labels)
+    for text, name in (('app="renamed"\n', "renamed"), (LABELS, "shop")):
+        labels.with_suffix(".new").write_text(text)
+        labels.with_suffix(".new").rename(labels)
+        trace = new_trace()
+        await curl(scene.pair.web, *context(trace), f"http://shop:{WEB}/")
+        _, far = await scene.trace(trace, 2)
+        assert far.resource["k8s.pod.label.app"] == name
+
+
+async def test_spans_are_counted_and_none_is_lost(scene: Scene) -> None:
+    async def numbers(what: str) -> list[float]:
+        return [
+            await counted(sidecar, f"isthmus_spans_{what}_total") for sidecar in scene.pair.both
+        ]
+
+    exported, dropped = await numbers("exported"), await numbers("dropped")
     trace = new_trace()
     await curl(scene.pair.web, *context(trace), f"http://shop:{WEB}/")
-    _, far = await scene.trace(trace, 2)
-    assert far.resource["k8s.pod.label.app"] == "renamed"
+    await scene.trace(trace, 2)
+
+    async def are_counted() -> bool:
+        now = await numbers("exported")
+        return all(new > old for new, old in zip(now, exported, strict=True))
+
+    await eventually(are_counted, "the spans are counted")
+    assert await numbers("dropped") == dropped
 
 
-async def test_spans_are_counted_and_none_was_lost(scene: Scene) -> None:
-    for sidecar in scene.pair.both:
-        assert await counted(sidecar, "isthmus_spans_exported_total") > 0
-        assert await counted(sidecar, "isthmus_spans_dropped_total") == 0
-
-
-async def test_what_is_left_at_the_end_of_a_proxy_is_sent(scene: Scene) -> None:
-    """The one of `leaver` waits for ever until a batch is full."""
+async def test_remaining_spans_are_sent_at_the_end_of_a_proxy(scene: Scene) -> None:
+    """The exporter of `leaver` would wait for ever until a batch is full."""
     trace, sidecar = new_trace(), scene.pair.mesh.sidecars["leaver"]
     await curl(sidecar.pod, *context(trace), f"http://shop:{WEB}/")
     await scene.trace(trace, 1)
@@ -359,19 +384,27 @@ async def test_what_is_left_at_the_end_of_a_proxy_is_sent(scene: Scene) -> None:
     assert (near.pod, near.span_id) == ("leaver", far.parent_id)
 
 
-async def test_a_collector_that_dies_is_noticed_by_nobody_but_the_counters(scene: Scene) -> None:
+async def test_a_collector_that_dies_only_changes_the_counters(scene: Scene) -> None:
     await scene.collector.aclose()
-    for _ in range(5):
-        assert (
-            await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")
-        ).status == 200
+    try:
+        for _ in range(5):
+            answer = await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")
+            assert answer.status == 200
 
-    async def failing() -> bool:
-        return (
-            await counted(scene.pair.near, "isthmus_span_exports_total", result="unreachable") > 0
-        )
+        async def failing() -> bool:
+            return (
+                await counted(scene.pair.near, "isthmus_span_exports_total", result="unreachable")
+                > 0
+            )
 
-    await eventually(failing, "exports that fail", 30)
-    assert (await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")).status == 200
-    line = await logged(scene.pair.near, "spans cannot be exported")
-    assert line["level"] == "warning"
+        await eventually(failing, "exports that fail", 30)
+        answer = await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")
+        assert answer.status == 200
+        line = await logged(scene.pair.near, "spans cannot be exported")
+        assert line["level"] == "warning"
+    finally:
+        with trio.fail_after(60, shield=True):
+            await scene.start_collector()
+    trace = new_trace()
+    await curl(scene.pair.web, *context(trace), f"http://shop:{WEB}/")
+    await scene.trace(trace, 2)

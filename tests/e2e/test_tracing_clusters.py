@@ -1,9 +1,8 @@
 """A request from one cluster to another as a trace: four spans of three pods, one tree.
 
-Rules: both clusters have a collector of their own, since they share nothing but the gateways; what
-is asserted was exported by running proxies, and decoded by lab/collector.py. The applications only
-forward headers, or not even that.
-"""
+Rules: both clusters have their own collector, because they share only the gateways. Every asserted
+span was exported by running proxies and decoded by lab/collector.py. The applications forward
+headers, or not even these."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def scene(laboratory: Laboratory) -> Scene:
 async def test_a_request_to_the_other_cluster_is_one_tree(scene: Scene) -> None:
     trace_id, headers = context()
     answer = await curl(scene.web, *headers, f"http://c:{WEB}/head?t=hunter2")
-    told = dict(json.loads(answer.body)["headers"])
+    forwarded = dict(json.loads(answer.body)["headers"])
     spans = await scene.trace(trace_id, 4)
     assert [(span.cluster, span.pod, span.kind) for span in spans] == [
         ("west", "web", "client"), ("east", "gateway", "server"), ("east", "gateway", "client"), ("east", "c", "server"),
@@ -39,12 +38,12 @@ async def test_a_request_to_the_other_cluster_is_one_tree(scene: Scene) -> None:
         leave.span_id,
     ]
     assert [span.remote for span in spans] == [True, True, False, True]
-    assert told["traceparent"] == f"00-{trace_id}-{far.span_id}-01"
+    assert forwarded["traceparent"] == f"00-{trace_id}-{far.span_id}-01"
     assert {span.attributes["http.response.status_code"] for span in spans} == {200}
     assert "hunter2" not in str(spans)
 
 
-async def test_each_span_says_who_was_at_its_other_end_and_where_it_was_sent(scene: Scene) -> None:
+async def test_each_span_has_the_identity_and_the_address_of_its_peer(scene: Scene) -> None:
     trace_id, headers = context()
     await curl(scene.web, *headers, f"http://c:{WEB}/")
     near, entry, leave, far = await scene.trace(trace_id, 4)
@@ -77,7 +76,7 @@ async def test_each_span_says_who_was_at_its_other_end_and_where_it_was_sent(sce
 
 async def test_a_call_by_grpc_is_named_by_its_method_everywhere(scene: Scene) -> None:
     trace_id, headers = context()
-    # A call as it is on the wire: an empty message behind its five bytes.
+    # A gRPC call as bytes: an empty message after its five-byte prefix.
     grpc = [
         "--http2-prior-knowledge",
         "-H",

@@ -1,9 +1,8 @@
 """Sidecars of two workers each, under real redirection: both carry traffic, one may be killed, and
-the end is as orderly as ever.
+the shutdown is as orderly as with one process.
 
-Rules: connections of a worker that dies are lost and no others, so the failures that clients see
-are at most as many as they have connections; what both sidecars of a pair have counted agrees.
-"""
+Rules: only connections of the killed worker are lost. So clients see at most as many failures as
+they have connections. The counters of both sidecars of a pair agree."""
 
 from __future__ import annotations
 
@@ -28,9 +27,9 @@ from tests.e2e.stage import (
     counted,
     echo_server,
     eventually,
+    exchange_raw,
     on_fast_path,
     prepare,
-    say,
     web_server,
 )
 from tests.workers.processes import children
@@ -55,7 +54,7 @@ def pair(laboratory: Laboratory) -> Pair:
 
 
 def supervisor(sidecar: Sidecar) -> int:
-    """Its process id; the laboratory's own may be that of whatever put it into the pod."""
+    """Its process id. The laboratory's own may be that of the program that put it into the pod."""
     found = [sidecar.running().pid]
     while len(below := children(found[-1])) == 1:
         found += below
@@ -64,7 +63,7 @@ def supervisor(sidecar: Sidecar) -> int:
 
 
 def workers_seen(sidecar: Sidecar) -> set[int]:
-    """Those that have written the line of a connection."""
+    """The workers that have logged a connection."""
     return {line["worker"] for line in sidecar.logged() if line.get("message") == "connection"}
 
 
@@ -74,13 +73,13 @@ async def test_both_workers_of_both_sidecars_carry_redirected_connections(
 ) -> None:
     host = pair.service.address(version)
     for _ in range(24):
-        assert (await say(pair.web, host, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
-        assert await say(pair.web, host, ECHO, b"hello", end=True) == b"hello"
+        assert (await exchange_raw(pair.web, host, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
+        assert await exchange_raw(pair.web, host, ECHO, b"hello", end=True) == b"hello"
     for sidecar in (pair.near, pair.far):
         await eventually(lambda sidecar=sidecar: workers_seen(sidecar) == {1, 2}, "both workers")
 
 
-async def test_what_both_sidecars_count_agrees_and_is_all_of_it(pair: Pair) -> None:
+async def test_both_sidecars_count_the_same_and_all_requests(pair: Pair) -> None:
     async def requests() -> tuple[float, float]:
         return (
             await counted(pair.near, "isthmus_requests_total", direction="outbound"),
@@ -89,9 +88,11 @@ async def test_what_both_sidecars_count_agrees_and_is_all_of_it(pair: Pair) -> N
 
     before = await requests()
     for _ in range(30):
-        assert (await say(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
+        assert (await exchange_raw(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(
+            b"HTTP/1.1 200"
+        )
     after = before[0] + 30, before[1] + 30
-    await eventually(lambda: _reached(requests, after), "all are counted, by whichever worker")
+    await eventually(lambda: _reached(requests, after), "both sidecars have counted all")
     assert await requests() == after
 
 
@@ -109,7 +110,7 @@ async def test_plain_exchanges_take_the_fast_path_in_workers_too(pair: Pair) -> 
 
 
 @pytest.mark.parametrize("side", ["near", "far"])
-async def test_a_worker_that_is_killed_under_load_costs_its_own_connections(
+async def test_a_worker_that_is_killed_under_load_loses_only_its_own_connections(
     pair: Pair, side: str
 ) -> None:
     sidecar: Sidecar = getattr(pair, side)
@@ -135,8 +136,7 @@ async def _well(sidecar: Sidecar, above: int, gone: int) -> bool:
 
 
 async def test_the_clients_sidecar_stops_under_load_and_loses_nothing(pair: Pair) -> None:
-    """The last test: it ends the sidecar. One connection stays open meanwhile, or a moment without
-    requests would be the end of it."""
+    """One connection stays open during it. Otherwise a moment without requests would be the end."""
     held = await pair.web.connect(pair.service.ipv4, ECHO)
     async with held, Load(pair.web, pair.service.ipv4, WEB, clients=CLIENTS) as load:
         await load.more(100)
@@ -144,5 +144,9 @@ async def test_the_clients_sidecar_stops_under_load_and_loses_nothing(pair: Pair
         await load.more(200)
         await load.stop()
     assert load.bad == {}
-    with trio.fail_after(60):
-        assert await pair.near.running().wait() == 0
+    try:
+        with trio.fail_after(60):
+            assert await pair.near.running().wait() == 0
+    finally:
+        with trio.fail_after(60, shield=True):
+            await pair.near.restart()

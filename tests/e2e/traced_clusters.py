@@ -1,10 +1,7 @@
-"""Two clusters whose proxies trace, with a collector each: what is asked of traces across clusters
-is asked on it.
+"""Two clusters whose proxies trace, with a collector each, for the tests of traces across clusters.
 
-West has clients (`web`, and `teller`, which begins traces itself); east has `c` (HTTP), `stock`
-(gRPC) and `mail` (opaque), exported, and a gateway. West's services of the same names are served
-there.
-"""
+West has clients (`web`, and `teller`, which starts traces itself); east has `c` (HTTP), `stock`
+(gRPC) and `mail` (opaque), exported, and a gateway. West has services with the same names."""
 
 from __future__ import annotations
 
@@ -90,7 +87,6 @@ async def build(lab: Lab) -> Scene:
 
 
 def context() -> tuple[str, list[str]]:
-    """A trace id that is new, and the arguments with which curl says that a request belongs to
-    it."""
+    """A new trace id, and the arguments with which curl sends a request of that trace."""
     trace_id = f"4bf92f3577b34da6a3ce929d0e0e{next(_traces):04x}"
     return trace_id, ["-H", f"traceparent: 00-{trace_id}-{CALLER}-01"]

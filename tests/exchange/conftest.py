@@ -1,5 +1,5 @@
-"""What is told of exchanges holds on both paths: every test of this room runs on the ordinary path
-and on the fast one."""
+"""What these tests say about exchanges holds on both paths: every test in this directory runs on
+the ordinary path and on the fast one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A request that cannot be read is answered and counted, and never reaches a server; and its answer
-survives what the client still sends. What can be read means the same whether its form is usual or
-not.
-"""
+"""A request that cannot be read is answered and counted, and never reaches a server. The client
+gets the response even if it keeps sending. A request that can be read has one meaning, whatever its
+form."""
 
 from __future__ import annotations
 
@@ -69,24 +68,24 @@ async def test_a_request_that_cannot_be_read_is_answered_and_counted_and_goes_no
         assert answer.status == status
         assert b"error=http_request_error" in (answer.get(b"proxy-status") or b"")
         assert answer.get(b"connection") == b"close"
-        assert await client.rest() == b""  # what came behind it was not read as a request
+        assert await client.rest() == b""  # what followed it was not read as a request
         assert server.opened == 0
         assert [(e.status, e.failure) for e in proxy.ended] == [(status, "bad_request")]
         assert proxy.errors == []
 
 
 async def test_so_is_one_that_follows_a_good_one() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, proxy):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, proxy):
         await client.send(
             b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n" + b"GET / HTTP/1.1\nHost: a\n\n" + GET
         )
         assert (await client.response("HEAD")).status == 200
         answer = await client.response()
         assert answer.status == 400
-        assert answer.body  # it is not the answer to a HEAD any more
+        assert answer.body  # it is not a response to a HEAD any more
         assert await client.rest() == b""
-        assert len(heard) == 1
+        assert len(received) == 1
         assert len(proxy.ended) == 2
 
 
@@ -143,9 +142,9 @@ async def test_a_request_that_ends_early_is_a_400() -> None:
             assert await client.ended()
 
 
-async def test_an_answer_is_not_destroyed_by_what_the_client_still_sends() -> None:
-    """Closing with unread bytes would make the kernel send a reset, which takes the answer away
-    from the client."""
+async def test_a_response_is_not_destroyed_by_further_bytes_of_the_client() -> None:
+    """Closing with unread bytes would make the kernel send a reset, which destroys the response at
+    the client."""
     async with origin(answering()) as server, hop(server.address, TIGHT) as proxy:
         for _ in range(10):
             client = await proxy.connect()
@@ -166,7 +165,7 @@ async def test_neither_is_the_last_answer_by_requests_that_are_not_served_any_mo
         assert await client.rest() == b""
 
 
-async def test_a_client_that_goes_within_its_request_is_no_bad_request() -> None:
+async def test_a_client_that_leaves_within_its_request_is_not_a_bad_request() -> None:
     async def script(peer: Peer) -> None:
         await peer.rest()
 
@@ -180,7 +179,7 @@ async def test_a_client_that_goes_within_its_request_is_no_bad_request() -> None
         assert proxy.pool.counts() == (0, 0)
 
 
-async def test_a_client_that_goes_within_its_response_gives_the_server_free() -> None:
+async def test_a_client_that_leaves_within_its_response_frees_the_server() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")

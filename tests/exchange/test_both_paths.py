@@ -1,11 +1,10 @@
-"""Both paths are one proxy: the same conversations, in any pieces, with exchanges handed over at
-any moment, end alike.
+"""Both paths behave the same: the same conversations, in any pieces, with exchanges handed over at
+any moment, have the same results.
 
-Each conversation is drawn from a seed, carried on the ordinary path, on the fast one, and on the
-fast one while exchanges are handed over at any moment. What the client got, what the server heard,
-and what is in the books is compared: messages, not bytes, for where a body is cut into chunks
-depends on what one read brings, on either path.
-"""
+Each conversation is drawn from a seed and runs on the ordinary path, on the fast one, and on the
+fast one while exchanges are handed over at any moment. Compared are what the client got, what the
+server got, and the records. Messages are compared, not bytes: the chunks of a body depend on what
+one read returns, on either path."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def _response(rng: random.Random, request: bytes) -> bytes:
 
 @dataclass
 class Conversation:
-    """What is said, by number."""
+    """The messages of a conversation, by number."""
 
     requests: list[bytes]
     responses: list[bytes]
@@ -90,7 +89,7 @@ class Conversation:
 @dataclass
 class Seen:
     got: list[Message] = field(default_factory=list)
-    heard: list[Message] = field(default_factory=list)
+    received: list[Message] = field(default_factory=list)
     books: list[object] = field(default_factory=list)
     fast: int = 0
 
@@ -105,7 +104,7 @@ async def _in_pieces(peer: Peer, data: bytes, rng: random.Random) -> None:
 
 
 async def _disturb(proxy: Hop, rng: random.Random) -> None:
-    """Hand over whatever is under way, again and again."""
+    """Hand over exchanges in progress, again and again."""
     while True:
         await trio.sleep(rng.random() * 0.004)
         if proxy.fast_path is not None:
@@ -118,7 +117,7 @@ async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = 
     async def script(peer: Peer) -> None:
         while True:
             request = await peer.request()
-            seen.heard.append(request)
+            seen.received.append(request)
             await _in_pieces(peer, talk.responses[int(request.start[1][1:])], rng)
 
     async with (
@@ -152,27 +151,27 @@ async def test_the_same_conversation_on_both_paths(
 ) -> None:
     monkeypatch.setattr(
         eligibility, "REST", 0
-    )  # the fast path is tried again and again, although most of what is said is not plain
+    )  # the fast path is tried again and again, although most messages are not plain
     talk = Conversation.drawn(seed)
     ordinary = await carry(talk, seed, fast=False)
-    assert len(ordinary.heard) == EXCHANGES + 1
+    assert len(ordinary.received) == EXCHANGES + 1
     for other in (
         await carry(talk, seed, fast=True),
         await carry(talk, seed, fast=True, disturbed=True),
     ):
         assert other.got == ordinary.got
-        assert other.heard == ordinary.heard
+        assert other.received == ordinary.received
         assert other.books == ordinary.books
-        assert other.fast >= 3, "nothing was put to the test"
+        assert other.fast >= 3, "the conversations tested nothing"
     assert ordinary.fast == 0
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_used(
+async def test_a_connection_whose_server_has_closed_after_its_response_is_not_used(
     at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that may not be sent twice would fail. `at_once`: it comes in the turn that hears
-    of the end."""
+    """A request that may not be sent twice would fail. `at_once`: it arrives in the pass of the
+    event loop that sees the end."""
     monkeypatch.setattr(eligibility, "REST", 0)
     served = ended = 0
 
@@ -183,7 +182,9 @@ async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_u
             served += 1
             if (
                 served == 3
-            ):  # in one segment: the proxy cannot look in between, and the kernel cannot deliver one without the other
+                # In one segment: the proxy cannot read in between, and the kernel cannot deliver one
+                # without the other
+            ):
                 peer.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
                 os.write(peer.stream.socket.fileno(), OK)
                 peer.close()
@@ -221,7 +222,7 @@ async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_o
             fast_path = proxy.fast_path
             assert fast_path is not None
             await until(lambda: bool(fast_path._connections))
-            for connection in fast_path._connections:  # so that what one read gives does not fit
+            for connection in fast_path._connections:  # so that the result of one read does not fit
                 connection._client.stream.socket.setsockopt(
                     socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
                 )

@@ -1,8 +1,7 @@
-"""Every wait has a deadline, and each deadline its own answer. Time is trio's mock clock, the
+"""Every wait has a deadline, and each deadline has its own response. Time is trio's mock clock, the
 sockets are real.
 
-Also here: going down. Idle connections end at once, those in use after their response.
-"""
+Also here: shutdown. Idle connections end at once, those in use after their response."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ UPLOAD = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
 @pytest.fixture
 def clock(mock_clock: MockClock) -> MockClock:
-    """Jumps as soon as nothing has happened for so many real seconds: the kernel delays
+    """Jumps as soon as nothing has happened for this number of real seconds: the kernel delays
     acknowledgements by 40 ms."""
     mock_clock.autojump_threshold = 0.06
     return mock_clock
@@ -50,7 +49,7 @@ def about(seconds: float) -> object:
 
 
 @pytest.mark.parametrize("sent", [b"", GET], ids=["new", "used"])
-async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(
+async def test_a_connection_without_a_request_is_closed_quietly(
     clock: MockClock, sent: bytes
 ) -> None:
     async with through(answering(), SETTINGS) as (client, proxy):
@@ -71,7 +70,7 @@ class Moving:
 
 
 @interpreted
-async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_are_busy(
+async def test_a_connection_without_a_request_is_closed_although_others_are_busy(
     clock: MockClock,
 ) -> None:
     settings = Settings(server=ServerSettings(idle_timeout=6), buffers=16384)
@@ -116,7 +115,7 @@ async def test_a_body_that_stops_is_cut_at_its_deadline(clock: MockClock) -> Non
         assert proxy.pool.counts() == (0, 0)
 
 
-async def test_a_body_that_trickles_may_take_its_time_if_no_rate_is_asked(clock: MockClock) -> None:
+async def test_a_slow_body_may_take_its_time_without_a_minimum_rate(clock: MockClock) -> None:
     async with through(echo, SETTINGS) as (client, _):
         await client.send(UPLOAD % 20)
         for _ in range(20):
@@ -146,7 +145,7 @@ async def test_a_body_below_the_least_rate_is_cut(clock: MockClock) -> None:
 async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_of_the_two_answers(
     clock: MockClock,
 ) -> None:
-    """Both are known at once; which is looked at first is trio's choice, so it is tried often."""
+    """Both are known at once. Which one is handled first is trio's choice, so it is tried often."""
     servers: list[Peer] = []
 
     async def script(peer: Peer) -> None:
@@ -168,7 +167,7 @@ async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_
 
 
 async def test_a_slow_server_is_not_the_client_s_low_rate(clock: MockClock) -> None:
-    """The client has sent all it could; it is the server that did not take it."""
+    """The client has sent all it could. The server did not read it."""
     size = 2_000_000
 
     async def script(peer: Peer) -> None:
@@ -195,7 +194,7 @@ async def test_a_slow_server_is_not_the_client_s_low_rate(clock: MockClock) -> N
 # clock would jump over.
 
 
-async def test_a_client_that_takes_nothing_loses_its_connection() -> None:
+async def test_a_client_that_does_not_read_loses_its_connection() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
@@ -237,7 +236,7 @@ async def test_a_client_that_reads_slowly_keeps_its_connection() -> None:
 
 
 @pytest.mark.parametrize("request_bytes", [GET, POST])
-async def test_a_server_that_says_nothing_is_a_504(clock: MockClock, request_bytes: bytes) -> None:
+async def test_a_silent_server_is_a_504(clock: MockClock, request_bytes: bytes) -> None:
     async with through(_silent, SETTINGS) as (client, proxy):
         started = trio.current_time()
         answer = await client.ask(request_bytes)
@@ -289,7 +288,7 @@ async def test_a_server_that_stops_within_its_response_breaks_the_connection(
         assert proxy.ended[0].failure == "upstream_timeout"
 
 
-async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockClock) -> None:
+async def test_a_server_that_reads_nothing_of_the_request_is_a_504(clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await trio.sleep_forever()
 
@@ -307,7 +306,7 @@ async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockCl
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_stays_silent_after_100_continue_was_asked_for_is_not_waited_for_for_ever(
+async def test_the_wait_for_100_continue_is_bounded(
     clock: MockClock,
 ) -> None:
     async with through(_silent, SETTINGS) as (client, _):
@@ -334,7 +333,7 @@ async def test_a_tunnel_has_no_deadline_of_an_exchange(clock: MockClock) -> None
         assert await client.exactly(1) == b"!"
 
 
-# Going down
+# Shutdown
 
 
 @pytest.mark.parametrize(
@@ -362,25 +361,25 @@ async def test_a_kept_connection_ends_when_it_has_been_quiet_for_a_moment(
 async def test_a_request_that_was_on_its_way_to_a_kept_connection_is_served(
     clock: MockClock,
 ) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard), SETTINGS) as (client, proxy):
+    received: list[Message] = []
+    async with through(answering(received=received), SETTINGS) as (client, proxy):
         await client.ask()
         await wait_all_tasks_blocked()
         proxy.drain.begin()
         await trio.sleep(0.5)
-        await client.send(POST)  # not to be sent again by itself
+        await client.send(POST)  # not retried automatically
         answer = await client.response()
         assert (answer.status, answer.get(b"connection")) == (200, b"close")
         assert await client.ended()
-        assert len(heard) == 2
+        assert len(received) == 2
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
-async def test_a_client_that_has_just_been_let_in_may_still_ask(
+async def test_a_client_that_has_just_been_accepted_may_still_send_a_request(
     clock: MockClock, early: bool
 ) -> None:
-    """It is in the handshake, say, when the proxy is told to stop: its request is under way, and
-    nothing says that it may be repeated."""
+    """It is still in the handshake when the proxy gets SIGTERM: its request is in progress, and it
+    might not be repeatable."""
     async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
         if not early:
             proxy.drain.begin()
@@ -395,7 +394,7 @@ async def test_a_client_that_has_just_been_let_in_may_still_ask(
         assert await client.ended()
 
 
-async def test_a_client_that_has_been_let_in_and_does_not_ask_holds_nobody_up(
+async def test_an_admitted_client_without_a_request_delays_no_shutdown(
     clock: MockClock,
 ) -> None:
     async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
@@ -430,9 +429,9 @@ async def test_connections_in_use_end_after_their_response() -> None:
         assert len(proxy.ended) == 1
 
 
-async def test_a_request_that_has_begun_is_still_served() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, proxy):
+async def test_a_request_that_has_started_is_still_served() -> None:
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, proxy):
         await client.send(GET[:10])
         await wait_all_tasks_blocked(0.01)
         proxy.drain.begin()

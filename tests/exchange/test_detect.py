@@ -1,5 +1,5 @@
-"""Detection meets a stream: what is there is judged at once, what comes is waited for, and nothing
-is consumed."""
+"""Detection on a stream: data that is there is judged at once, later data is waited for, and
+nothing is consumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.net.conftest import pair
 REQUEST = b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n"
 
 
-async def test_what_is_there_is_judged_without_a_wait() -> None:
-    """Run by hand: a coroutine that waited would give something to the scheduler."""
+async def test_available_bytes_are_judged_without_a_wait() -> None:
+    """Run by hand: a coroutine that waits would yield to the scheduler."""
     client, stream = pair()
     client.socket.sendall(REQUEST)
     with pytest.raises(StopIteration) as returned:
@@ -27,7 +27,7 @@ async def test_what_is_there_is_judged_without_a_wait() -> None:
     stream.close()
 
 
-async def test_what_comes_in_pieces_is_waited_for() -> None:
+async def test_bytes_that_arrive_in_pieces_are_waited_for() -> None:
     client, stream = pair()
     found: list[Opening] = []
 
@@ -51,7 +51,7 @@ async def test_what_comes_in_pieces_is_waited_for() -> None:
     ("said", "silence", "patience", "how"),
     [(b"", 0.02, 60, "silent"), (b"GET", 60, 0.02, "opaque")],
 )
-async def test_a_client_has_its_time_to_begin_and_its_time_to_go_on(
+async def test_a_client_has_a_timeout_for_the_first_byte_and_one_for_the_rest(
     said: bytes, silence: float, patience: float, how: str
 ) -> None:
     client, stream = pair()
@@ -70,7 +70,7 @@ async def test_one_that_ends_without_a_byte_has_only_knocked() -> None:
     stream.close()
 
 
-async def test_a_reset_is_no_clean_end() -> None:
+async def test_a_reset_is_not_a_clean_end() -> None:
     client, stream = pair()
     client.reset()
     with trio.fail_after(30), pytest.raises(ConnectionLost):

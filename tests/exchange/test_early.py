@@ -1,11 +1,10 @@
-"""Responses that come before the end of their request: what the client is told of the connection
-holds, and nobody else pays for it.
+"""Responses that come before the end of their request: the announced state of the connection holds,
+and no other client is affected.
 
 The rules (RFC 9112 §9.3, §9.6; RFC 9113 §8.1): where more of the request is to come than a proxy
-reads to keep the connection, or it is not known how much, the head says `Connection: close`, and
-the rest is read and dropped until the client has noticed. Otherwise the connection goes on, however
-slowly the rest comes. Of HTTP/2, the one stream ends.
-"""
+reads to keep the connection, or where the amount is not known, the head says `Connection: close`,
+and the rest is read and dropped until the client has noticed. Otherwise the connection stays,
+however slowly the rest comes. In HTTP/2, only the stream ends."""
 
 from __future__ import annotations
 
@@ -47,14 +46,14 @@ def upload(size: int) -> bytes:
 
 
 async def silent_refusal(peer: Peer) -> None:
-    """One that reads nothing behind the head."""
+    """A server that reads nothing after the head."""
     await peer.head()
     await peer.send(FULL)
     await trio.sleep_forever()
 
 
 @pytest.mark.parametrize("kind", ["length", "chunks"])
-async def test_the_head_says_that_the_connection_ends_where_much_of_the_request_is_left(
+async def test_the_head_announces_the_close_where_much_of_the_request_is_left(
     kind: str,
 ) -> None:
     framing = b"Content-Length: 3145728" if kind == "length" else b"Transfer-Encoding: chunked"
@@ -67,18 +66,18 @@ async def test_the_head_says_that_the_connection_ends_where_much_of_the_request_
         await proxy.gone()
 
 
-async def test_a_client_that_reads_behind_its_upload_gets_the_answer() -> None:
+async def test_a_client_that_reads_after_its_upload_gets_the_response() -> None:
     async with origin(silent_refusal) as server, hop(server.address) as proxy:
         client = await proxy.connect()
         with trio.fail_after(20):
             await client.send(upload(8 * MEGABYTE))
-            for _ in range(8):  # more than a megabyte, which was once as much as was read
+            for _ in range(8):  # more than a megabyte, which was the former limit
                 await client.send(bytes(MEGABYTE))
             answer = await client.response("POST")
         assert (answer.status, answer.body, answer.get(b"connection")) == (413, b"big", b"close")
 
 
-async def test_a_client_that_goes_on_sending_for_ever_is_cut_off_after_the_linger_timeout() -> None:
+async def test_a_client_that_never_stops_sending_is_disconnected_after_the_linger_timeout() -> None:
     settings = Settings(server=ServerSettings(linger_timeout=0.3))
     async with origin(silent_refusal) as server, hop(server.address, settings) as proxy:
         client = await proxy.connect()
@@ -93,7 +92,7 @@ async def test_a_short_rest_keeps_the_connection_however_slowly_it_comes() -> No
         await client.send(upload(60_000))
         answer = await client.response("POST")
         assert (answer.status, answer.get(b"connection")) == (413, None)
-        await trio.sleep(2.2)  # longer than a connection that ends is read
+        await trio.sleep(2.2)  # longer than the proxy reads from a connection that ends
         await client.send(bytes(60_000) + GET)
         assert (await client.response()).status == 200
 
@@ -101,11 +100,11 @@ async def test_a_short_rest_keeps_the_connection_however_slowly_it_comes() -> No
 @pytest.mark.parametrize(
     ("left", "connection"), [(0, None), (60_000, None), (3 * MEGABYTE, b"close")]
 )
-async def test_the_same_holds_for_what_the_proxy_answers_itself(
+async def test_the_same_holds_for_responses_of_the_proxy(
     left: int, connection: bytes | None
 ) -> None:
     async with origin(answering()) as server, hop(server.address) as proxy:
-        proxy.raises = NoEndpoint("nobody is there")
+        proxy.raises = NoEndpoint("no endpoint")
         client = await proxy.connect()
         await client.send(upload(left + 5) + b"12345")
         answer = await client.response("POST")
@@ -180,14 +179,14 @@ async def test_an_expectation_without_a_body_keeps_the_connection() -> None:
             assert (answer.status, answer.get(b"connection"), answer.interim) == (200, None, [])
 
 
-async def test_of_http2_the_one_stream_is_ended_without_an_error_and_the_others_go_on() -> None:
+async def test_in_http2_only_that_stream_ends_and_without_an_error() -> None:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         path = dict(message.headers)[b":path"]
         peer.h2.send_headers(number, [(b":status", b"413")] if path == b"/upload" else HEAD)
         await peer.send(number, b"ok", end=True)
 
     async with through2(answering2(respond, early=True)) as (client, proxy):
-        for _ in range(100):  # more than the connection's window holds, if it was not given back
+        for _ in range(100):  # more than the connection's window holds, unless it is enlarged
             number = await client.request([*POST[:3], (b":path", b"/upload")], end=False)
             await client.send(number, bytes(50_000))
             answer = await client.message(number)

@@ -1,9 +1,6 @@
-"""Whose fault it was is said in the same words everywhere: a status, a Proxy-Status field that can
-be parsed, a line of text.
-
-A response that breaks off reaches the client as a
-broken connection and never as a complete message.
-"""
+"""Each error has the same form everywhere: a status, a Proxy-Status field that can be parsed, a
+line of text. A truncated response reaches the client as a broken connection and never as a complete
+message."""
 
 from __future__ import annotations
 
@@ -92,7 +89,7 @@ async def test_an_error_becomes_its_response(error: Exception, status: int, kind
         last = isinstance(error, NotAuthorised)
         for _ in range(
             1 if last else 2
-        ):  # a response like any other: the connection goes on, unless all requests on it are refused
+        ):  # a response like any other: the connection stays, unless all requests on it are refused
             answer = await client.ask()
             assert answer.get(b"connection") == (b"close" if last else None)
             assert answer.status == status
@@ -116,7 +113,7 @@ def test_every_row_of_the_table_makes_a_response(row: Answer) -> None:
     assert head.reason or head.status == 499  # which is for logs
 
 
-async def test_head_is_told_of_an_error_without_a_body() -> None:
+async def test_head_gets_an_error_without_a_body() -> None:
     async with hop(WHERE) as proxy:
         proxy.raises = NoEndpoint("why")
         client = await proxy.connect()
@@ -125,7 +122,7 @@ async def test_head_is_told_of_an_error_without_a_body() -> None:
             assert not client.received
 
 
-async def test_whoever_may_not_know_is_told_the_kind_only() -> None:
+async def test_an_unauthorised_client_gets_only_the_kind_of_error() -> None:
     async with hop(WHERE, Settings(open_to=False)) as proxy:
         proxy.raises = ConnectFailed(WHERE, "refused", "secret")
         answer = await (await proxy.connect()).ask()
@@ -278,7 +275,7 @@ async def test_a_response_that_is_not_http_is_a_502_and_its_connection_is_droppe
         assert proxy.ended[0].failure == "upstream_protocol"
 
 
-async def test_bytes_behind_a_response_are_not_taken_for_the_next_one() -> None:
+async def test_bytes_after_a_response_are_not_taken_for_the_next_one() -> None:
     async with (
         origin(answering(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")) as server,
         hop(server.address) as proxy,

@@ -30,7 +30,7 @@ async def test_early_hints_are_passed_on_before_the_response() -> None:
 EXPECTING = b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
 
 
-async def test_the_server_says_continue_and_gets_the_body() -> None:
+async def test_the_server_sends_continue_and_gets_the_body() -> None:
     heads: list[bytes] = []
 
     async def script(peer: Peer) -> None:
@@ -52,7 +52,7 @@ async def test_the_server_says_continue_and_gets_the_body() -> None:
     assert b"Expect: 100-continue" in heads[0]
 
 
-async def test_the_server_refuses_without_reading_and_the_connection_is_said_to_end() -> None:
+async def test_the_server_refuses_without_reading_and_the_response_announces_the_close() -> None:
     async def script(peer: Peer) -> None:
         await peer.head()
         await peer.send(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 2\r\n\r\nno")
@@ -61,14 +61,12 @@ async def test_the_server_refuses_without_reading_and_the_connection_is_said_to_
     async with through(script) as (client, proxy):
         answer = await client.ask(EXPECTING, "POST")
         assert (answer.status, answer.body) == (417, b"no")
-        assert (
-            answer.get(b"connection") == b"close"
-        )  # nobody could tell a late body from the next request
+        assert answer.get(b"connection") == b"close"  # a late body would look like the next request
         assert await client.ended()
         assert proxy.pool.counts() == (0, 0)
 
 
-async def test_a_server_that_ignores_expect_gets_the_body_that_the_client_sends_unasked() -> None:
+async def test_a_server_that_ignores_expect_gets_the_body_that_the_client_sends_anyway() -> None:
     async def script(peer: Peer) -> None:
         assert (await peer.request()).body == b"hello"
         await peer.send(OK)
@@ -106,7 +104,7 @@ async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
         assert [e.failure for e in proxy.ended] == [None]
 
 
-async def test_a_short_rest_of_a_request_is_read_so_that_the_connection_can_go_on() -> None:
+async def test_a_short_rest_of_a_request_is_read_to_keep_the_connection() -> None:
     async def script(peer: Peer) -> None:
         if b"/early" in await peer.head():
             await peer.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
@@ -122,7 +120,7 @@ async def test_a_short_rest_of_a_request_is_read_so_that_the_connection_can_go_o
         assert len(proxy.ended) == 2
 
 
-async def test_a_response_streams_while_the_request_goes_on() -> None:
+async def test_a_response_streams_while_the_request_continues() -> None:
     """Each piece is answered before the next one is sent."""
 
     async def script(peer: Peer) -> None:

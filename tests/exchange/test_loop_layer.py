@@ -1,9 +1,8 @@
-"""The guard layer: each request goes on with one token more, and one that has been here is answered
-508 with the cycle.
+"""The guard layer: it adds a token to each request, and answers a request that has been here with
+508 and the cycle.
 
-A proxy that is its own target is the shortest loop there is; the tokens alone end it here, for
-nobody looks at addresses.
-"""
+A proxy that is its own target is the shortest loop. Only the tokens end it here, because no layer
+checks addresses."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ HEADER = b"isthmus-hops"
 
 
 class Guarded(Settings):
-    """A hop with the guard; `why` collects what it dropped."""
+    """A hop with the guard; `why` collects the verdicts."""
 
     def __init__(self, max_returns: int = 0, max_hops: int = 64) -> None:
         self.why: list[str] = []
@@ -42,24 +41,24 @@ def hops(message: Message) -> list[bytes]:
     return value.split(b", ") if value else []
 
 
-async def test_a_request_goes_on_with_our_token_and_our_name() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard), Guarded()) as (client, _):
+async def test_a_request_is_forwarded_with_the_proxy_s_token_and_name() -> None:
+    received: list[Message] = []
+    async with through(answering(received=received), Guarded()) as (client, _):
         assert (await client.ask()).get(HEADER) is None
-    assert len(hops(heard[0])) == 1
-    assert hops(heard[0])[0].endswith(b":west/web-1")
+    assert len(hops(received[0])) == 1
+    assert hops(received[0])[0].endswith(b":west/web-1")
 
 
-async def test_tokens_of_others_go_on_before_ours_in_one_line() -> None:
-    heard: list[Message] = []
+async def test_tokens_of_others_are_forwarded_before_ours_in_one_line() -> None:
+    received: list[Message] = []
     others = b"o" + b"A" * 16 + b":east/a", b"g" + b"B" * 16
-    async with through(answering(heard=heard), settings := Guarded()) as (client, _):
+    async with through(answering(received=received), settings := Guarded()) as (client, _):
         await client.ask(
             b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\nX: 1\r\nISTHMUS-HOPS: %b\r\n\r\n"
             % others
         )
-    assert hops(heard[0])[:2] == list(others)
-    assert len(hops(heard[0])) == 3
+    assert hops(received[0])[:2] == list(others)
+    assert len(hops(received[0])) == 3
     assert settings.why == []
 
 
@@ -68,13 +67,15 @@ async def test_tokens_of_others_go_on_before_ours_in_one_line() -> None:
     [(b"junk", "malformed"), (b"o" * (LONGEST + 1), "oversized")],
     ids=["malformed", "oversized"],
 )
-async def test_junk_is_dropped_and_counted_and_the_request_goes_on(junk: bytes, why: str) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard), settings := Guarded()) as (client, _):
+async def test_junk_is_dropped_and_counted_and_the_request_is_forwarded(
+    junk: bytes, why: str
+) -> None:
+    received: list[Message] = []
+    async with through(answering(received=received), settings := Guarded()) as (client, _):
         assert (
             await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\n\r\n" % junk)
         ).status == 200
-    assert len(hops(heard[0])) == 1
+    assert len(hops(received[0])) == 1
     assert settings.why == [why]
 
 
@@ -85,8 +86,8 @@ async def test_junk_is_dropped_and_counted_and_the_request_goes_on(junk: bytes, 
         (GET, 0),
         (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi", 0),
         (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n", 0),
-        (b"GET / HTTP/1.0\r\n\r\n", 1),  # which gets a Host on its first round
-        (b"GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n", 1),  # of which the Host is mended
+        (b"GET / HTTP/1.0\r\n\r\n", 1),  # which gets a Host in its first round
+        (b"GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n", 1),  # whose Host is corrected
     ],
     ids=["get", "post", "connect", "1.0", "absolute"],
 )
@@ -125,14 +126,14 @@ async def test_two_proxies_that_point_at_each_other_are_both_named() -> None:
     assert b"west/web-1 -> east/shop-1 -> west/web-1" in answer.body
 
 
-async def test_the_same_request_again_and_again_is_no_loop() -> None:
+async def test_repeated_requests_are_not_a_loop() -> None:
     async with origin(answering()) as server, hop(server.address, Guarded()) as proxy:
         client = await proxy.connect()
         for _ in range(1000):
             assert (await client.ask()).status == 200
 
 
-# What is said to whom...
+# What each client may see...
 
 
 def made(facts: ConnectionInfo, field: bytes | None = None) -> Exchange:
@@ -224,7 +225,7 @@ IDENTITIES = st.sampled_from(["spiffe://a/ns/b/sa/c", None])
 
 
 @given(st.lists(OTHERS | st.tuples(NAMES, TOKENS), max_size=3), st.integers(0, 3), IDENTITIES)
-def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(
+def test_a_raw_head_and_a_parsed_head_are_forwarded_the_same(
     fields: list[Field], host: int, identity: str | None
 ) -> None:
     fields.insert(host, (b"hOST", b"shop:80"))

@@ -21,42 +21,42 @@ def request(method: str, *values: bytes) -> bytes:
 @pytest.mark.parametrize("method", ["OPTIONS", "TRACE"])
 @pytest.mark.parametrize(("came", "goes"), [(b"1", b"0"), (b"10", b"9"), (b"007", b"6")])
 async def test_it_is_counted_down(method: str, came: bytes, goes: bytes) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         for _ in range(2):
             assert (await client.ask(request(method, came), method)).status == 200
-    assert [message.get(b"max-forwards") for message in heard] == [goes, goes]
+    assert [message.get(b"max-forwards") for message in received] == [goes, goes]
 
 
 @pytest.mark.parametrize(
     ("method", "values"),
     [("GET", [b"0"]), ("OPTIONS", [b"x"]), ("OPTIONS", [b"0", b"1"]), ("TRACE", [b"-1"])],
 )
-async def test_other_methods_and_what_is_no_number_are_passed_on_as_they_are(
+async def test_other_methods_and_invalid_numbers_are_forwarded_unchanged(
     method: str, values: list[bytes]
 ) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         for _ in range(2):
             assert (await client.ask(request(method, *values), method)).body == b"ok"
-    assert [[v for n, v in message.headers if n == b"max-forwards"] for message in heard] == [
+    assert [[v for n, v in message.headers if n == b"max-forwards"] for message in received] == [
         values,
         values,
     ]
 
 
 async def test_at_0_options_is_answered_here() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, proxy):
-        for _ in range(2):  # the connection goes on
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, proxy):
+        for _ in range(2):  # the connection stays
             answer = await client.ask(request("OPTIONS", b"0"), "OPTIONS")
             assert (answer.status, answer.body, answer.get(b"content-length")) == (200, b"", b"0")
         assert proxy.dialled == 0
         assert [e.failure for e in proxy.ended] == [None, None]
-    assert heard == []
+    assert received == []
 
 
-async def test_at_0_trace_is_answered_with_what_came_but_for_secrets_and_what_is_ours() -> None:
+async def test_at_0_trace_returns_the_request_without_secrets_and_the_proxy_s_fields() -> None:
     async with through(answering()) as (client, proxy):
         head = b"TRACE /x HTTP/1.1\r\nHost: a\r\nX-Y: z\r\nMax-Forwards: 0\r\n"
         answer = await client.ask(
@@ -67,15 +67,15 @@ async def test_at_0_trace_is_answered_with_what_came_but_for_secrets_and_what_is
         assert proxy.dialled == 0
 
 
-async def test_streams_are_counted_alike() -> None:
-    heard: list[Answer] = []
+async def test_streams_are_counted_too() -> None:
+    received: list[Answer] = []
 
     async def note(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await ok(peer, number, message)
 
     async with origin(speaking(answering2(note))) as up, hop2(up.address) as proxy:
         client = await proxy.connect2()
         for value in (b"3", b"3", b"0"):
             assert (await client.ask([*OPTIONS2, (b"max-forwards", value)])).status == 200
-    assert [message.get(b"max-forwards") for message in heard] == [b"2", b"2"]
+    assert [message.get(b"max-forwards") for message in received] == [b"2", b"2"]

@@ -15,14 +15,14 @@ HELLO = b"hello, world"
 
 
 async def test_a_request_and_its_response_pass_unchanged() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
     request = b"GET /a?b=c HTTP/1.1\r\nHost: example.org\r\nX-One: 1\r\nx-Two: 2\r\n\r\n"
     async with through(
-        answering(b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nX-Back: yes\r\n\r\nok", heard)
+        answering(b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nX-Back: yes\r\n\r\nok", received)
     ) as (client, proxy):
         answer = await client.ask(request)
-    assert heard[0].start == (b"GET", b"/a?b=c")
-    assert heard[0].headers == [(b"host", b"example.org"), (b"x-one", b"1"), (b"x-two", b"2")]
+    assert received[0].start == (b"GET", b"/a?b=c")
+    assert received[0].headers == [(b"host", b"example.org"), (b"x-one", b"1"), (b"x-two", b"2")]
     assert answer.start == (b"200", b"Fine")
     assert answer.headers == [(b"content-length", b"2"), (b"x-back", b"yes")]
     assert answer.body == b"ok"
@@ -90,7 +90,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 )
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "byte by byte"])
 async def test_bodies_arrive_in_both_directions(body: bytes, at_once: bool) -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
 
     async def send(peer: Peer, data: bytes) -> None:
         for piece in [data] if at_once else [data[i : i + 1] for i in range(len(data))]:
@@ -98,7 +98,7 @@ async def test_bodies_arrive_in_both_directions(body: bytes, at_once: bool) -> N
             await trio.lowlevel.checkpoint()
 
     async def script(peer: Peer) -> None:
-        heard.append(await peer.request())
+        received.append(await peer.request())
         await send(peer, b"HTTP/1.1 200 OK\r\n" + body)
         await peer.rest()
 
@@ -106,7 +106,7 @@ async def test_bodies_arrive_in_both_directions(body: bytes, at_once: bool) -> N
         await send(client, b"POST / HTTP/1.1\r\nHost: a\r\n" + body)
         answer = await client.response("POST")
     framing = b"content-length" if body.startswith(b"Content") else b"transfer-encoding"
-    for message in (heard[0], answer):
+    for message in (received[0], answer):
         assert message.body == HELLO
         assert {name for name, _ in message.headers} & {
             b"content-length",
@@ -115,31 +115,32 @@ async def test_bodies_arrive_in_both_directions(body: bytes, at_once: bool) -> N
 
 
 async def test_trailers_pass_both_ways() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
     body = chunked(b"x", trailers=b"X-Sum: 1\r\nX-More: 2\r\n")
     async with through(
         answering(
-            b"HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard
+            b"HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n" + body,
+            received,
         )
     ) as (client, _):
         answer = await client.ask(
             b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
         )
-    assert heard[0].trailers == answer.trailers == [(b"x-sum", b"1"), (b"x-more", b"2")]
+    assert received[0].trailers == answer.trailers == [(b"x-sum", b"1"), (b"x-more", b"2")]
     assert answer.get(b"trailer") == b"X-Sum"
 
 
 async def test_trailers_cannot_smuggle_fields_that_frame_or_route() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
     body = chunked(
         b"x",
         trailers=b"Content-Length: 5\r\nHost: evil\r\nTransfer-Encoding: chunked\r\nX-Good: 1\r\n",
     )
-    async with through(answering(heard=heard)) as (client, _):
+    async with through(answering(received=received)) as (client, _):
         await client.ask(
             b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
         )
-    assert heard[0].trailers == [(b"x-good", b"1")]
+    assert received[0].trailers == [(b"x-good", b"1")]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ async def test_trailers_cannot_smuggle_fields_that_frame_or_route() -> None:
         ),
     ],
 )
-async def test_a_response_without_a_body_gets_none_and_the_connection_goes_on(
+async def test_a_response_without_a_body_gets_none_and_the_connection_stays(
     method: str, response: bytes, kept: list[tuple[bytes, bytes]]
 ) -> None:
     async with origin(answering(response)) as server, hop(server.address) as proxy:
@@ -183,17 +184,17 @@ async def test_a_response_without_a_body_gets_none_and_the_connection_goes_on(
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE", b"OPTIONS"])
 async def test_a_request_without_a_body_gets_no_framing(method: bytes) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         await client.ask(method + b" / HTTP/1.1\r\nHost: a\r\n\r\n", method.decode())
-    assert heard[0].headers == [(b"host", b"a")]
+    assert received[0].headers == [(b"host", b"a")]
 
 
 async def test_a_content_length_of_zero_is_kept() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         await client.ask(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", "POST")
-    assert heard[0].headers == [(b"host", b"a"), (b"content-length", b"0")]
+    assert received[0].headers == [(b"host", b"a"), (b"content-length", b"0")]
 
 
 async def test_a_close_delimited_response_becomes_chunks() -> None:
@@ -205,7 +206,7 @@ async def test_a_close_delimited_response_becomes_chunks() -> None:
 
     async with origin(script) as server, hop(server.address) as proxy:
         client = await proxy.connect()
-        for _ in range(2):  # the client's connection goes on
+        for _ in range(2):  # the client's connection stays
             answer = await client.ask()
             assert answer.body == b"all that there is"
             assert answer.get(b"transfer-encoding") == b"chunked"
@@ -236,5 +237,6 @@ async def test_a_connection_that_the_server_wants_closed_is_not_used_again() -> 
         client = await proxy.connect()
         for _ in range(3):
             answer = await client.ask()
-            assert answer.get(b"connection") is None  # that is the server's word to us
+            # That field describes the server's connection to the proxy
+            assert answer.get(b"connection") is None
         assert server.opened == 3

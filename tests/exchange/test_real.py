@@ -1,4 +1,4 @@
-"""Programs that other people wrote, on either side of the proxy."""
+"""Programs of other projects, on either side of the proxy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Mirror(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror() -> Iterator[Address]:
-    """Python's own server, which keeps connections and sends bodies back."""
+    """Python's own server, which keeps connections and echoes bodies."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:
         server.daemon_threads = True
         server.block_on_close = False

@@ -1,8 +1,6 @@
-"""Connections to a server, as exchanges use them.
-
-What a server closes under us costs a safe request a second try, and any other a clear error; and
-nothing leaks, wherever an exchange is cancelled.
-"""
+"""Connections to a server, as exchanges use them. When a server closes one in use, a safe request
+is retried and any other one gets a clear error. Nothing leaks, wherever an exchange is
+cancelled."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ async def test_a_pool_that_is_exhausted_answers_503() -> None:
 def closing_on_reuse(
     *, reset: bool = False, after: bytes = b""
 ) -> Callable[[Peer], Awaitable[None]]:
-    """A server that closes its first connection as soon as a second request has come by it."""
+    """A server that closes its first connection as soon as a second request has arrived on it."""
     connections = 0
 
     async def script(peer: Peer) -> None:
@@ -111,7 +109,7 @@ async def test_any_other_request_is_not_tried_again(request_bytes: bytes, reset:
     [b"H", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"],
     ids=["a byte", "part of a head", "103"],
 )
-async def test_nothing_is_tried_again_once_the_server_has_begun_to_answer(after: bytes) -> None:
+async def test_nothing_is_retried_once_the_server_has_started_to_respond(after: bytes) -> None:
     async with origin(closing_on_reuse(after=after)) as server, hop(server.address) as proxy:
         client = await proxy.connect()
         await client.ask()

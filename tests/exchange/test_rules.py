@@ -1,5 +1,4 @@
-"""Single rules of RFC 9110 and RFC 9112 that a hop has to keep, each by what both sides see of
-it."""
+"""Single rules of RFC 9110 and RFC 9112 for a hop, each tested by what both sides see."""
 
 from __future__ import annotations
 
@@ -16,17 +15,17 @@ from tests.kit.http2_peers import Answer, Pair, Peer2, answering2, ok, speaking
 TO_HTTP1 = Settings2(up=b"1.1")
 
 
-async def _heard2(request: bytes, method: str = "GET") -> Answer:
+async def _received_by_http2(request: bytes, method: str = "GET") -> Answer:
     """A request of HTTP/1 as an HTTP/2 server gets it."""
-    heard: list[Answer] = []
+    received: list[Answer] = []
 
     async def note(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await ok(peer, number, message)
 
     async with origin(speaking(answering2(note))) as up, hop2(up.address) as proxy:
         assert (await (await proxy.connect()).ask(request, method)).status == 200
-    return heard[0]
+    return received[0]
 
 
 # Control characters, fragments, targets
@@ -36,8 +35,8 @@ async def _heard2(request: bytes, method: str = "GET") -> Answer:
 async def test_a_control_character_in_a_request_is_the_client_s_fault_at_the_first_hop(
     bad: bytes,
 ) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, proxy):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, proxy):
         assert (await client.ask()).body == b"ok"
         answer = await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nX-Y: a" + bad + b"b\r\n\r\n")
         assert answer.status == 400
@@ -46,7 +45,7 @@ async def test_a_control_character_in_a_request_is_the_client_s_fault_at_the_fir
             in answer.body
         )
         assert await client.ended()
-    assert len(heard) == 1
+    assert len(received) == 1
     assert [(e.status, e.failure, e.attempts) for e in proxy.ended] == [
         (200, None, 1),
         (400, "bad_request", 0),
@@ -89,11 +88,11 @@ async def test_a_path_that_no_client_may_send_is_reset(path: bytes) -> None:
 
 
 async def test_a_long_target_passes() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
     target = b"/" + b"x" * 10_240
-    async with through(answering(heard=heard)) as (client, _):
+    async with through(answering(received=received)) as (client, _):
         assert (await client.ask(b"GET " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n")).status == 200
-    assert heard[0].start[1] == target
+    assert received[0].start[1] == target
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ async def test_a_long_target_passes() -> None:
 async def test_the_absolute_form_and_the_star_have_their_places_in_http2(
     line: bytes, path: bytes, authority: bytes
 ) -> None:
-    request = await _heard2(line + b"\r\nHost: a\r\n\r\n", line.split(b" ")[0].decode())
+    request = await _received_by_http2(line + b"\r\nHost: a\r\n\r\n", line.split(b" ")[0].decode())
     assert dict(request.headers) == {
         b":method": line.split(b" ")[0],
         b":scheme": b"http",
@@ -153,18 +152,18 @@ async def test_a_switch_of_protocols_has_no_length() -> None:
 
 
 async def test_an_expectation_of_http_1_0_is_ignored() -> None:
-    """RFC 9110 §10.1.1. It does not go on either: the server behind us does not know that the
-    client speaks HTTP/1.0."""
-    heard: list[Message] = []
+    """RFC 9110 §10.1.1. It is not forwarded either: the server does not know that the client uses
+    HTTP/1.0."""
+    received: list[Message] = []
     request = (
         b"POST / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\nExpect:"
         b" 100-continue\r\nContent-Length: 2\r\n\r\n"
     )
 
-    async with through(answering(heard=heard)) as (client, _):
+    async with through(answering(received=received)) as (client, _):
         assert (await client.ask(request + b"hi", "POST")).interim == []
-    assert heard[0].get(b"expect") is None
-    assert heard[0].body == b"hi"
+    assert received[0].get(b"expect") is None
+    assert received[0].body == b"hi"
 
 
 @pytest.mark.parametrize(
@@ -177,46 +176,46 @@ async def test_an_expectation_of_http_1_0_is_ignored() -> None:
         (b"Connection: TE\r\n", None),
     ],
 )
-async def test_of_te_only_trailers_goes_on(fields: bytes, passed: bytes | None) -> None:
-    heard: list[Message] = []
+async def test_only_trailers_of_te_is_forwarded(fields: bytes, passed: bytes | None) -> None:
+    received: list[Message] = []
     request = b"GET / HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n"
-    async with through(answering(heard=heard)) as (client, _):
+    async with through(answering(received=received)) as (client, _):
         await client.ask(request)
-    assert heard[0].get(b"te") == passed
-    assert heard[0].get(b"connection") == (b"TE" if passed else None)
-    second = await _heard2(request)
+    assert received[0].get(b"te") == passed
+    assert received[0].get(b"connection") == (b"TE" if passed else None)
+    second = await _received_by_http2(request)
     assert second.get(b"te") == passed
     assert second.get(b"connection") is None
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-async def test_a_response_says_the_highest_version_that_this_proxy_speaks(version: bytes) -> None:
-    """RFC 9110 §6.2: also to a client of HTTP/1.0. What that cannot read (chunks, interim
-    responses) it is not sent."""
+async def test_a_response_has_the_highest_version_that_this_proxy_supports(version: bytes) -> None:
+    """RFC 9110 §6.2: also to a client of HTTP/1.0. It gets nothing that it cannot read (chunks,
+    interim responses)."""
     response = (
         b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         + chunked(b"hello")
     )
     async with through(answering(response)) as (client, _):
         await client.send(b"GET / HTTP/%b\r\nHost: a\r\nConnection: close\r\n\r\n" % version)
-        heard = await client.rest()
-    assert heard.startswith(b"HTTP/1.1 ")
+        received = await client.rest()
+    assert received.startswith(b"HTTP/1.1 ")
     if version == b"1.0":
-        assert heard == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello"
+        assert received == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello"
 
 
 # Fields that Connection names, and trailers
 
 
-async def test_connection_takes_no_field_of_ours_off() -> None:
+async def test_connection_cannot_remove_a_field_of_the_proxy() -> None:
     """The loop guard's tokens, above all."""
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         await client.ask(
             b"GET / HTTP/1.1\r\nHost: a\r\nisthmus-hops: x\r\nTraceparent: y\r\nX-Z: z\r\n"
             b"Connection: isthmus-hops, traceparent, x-z\r\n\r\n"
         )
-    assert heard[0].headers == [(b"host", b"a"), (b"isthmus-hops", b"x"), (b"traceparent", b"y")]
+    assert received[0].headers == [(b"host", b"a"), (b"isthmus-hops", b"x"), (b"traceparent", b"y")]
 
 
 _TRAILERS: list[Pair] = [
@@ -230,14 +229,14 @@ async def test_trailers_that_frame_route_or_authenticate_are_dropped_in_both_ver
     None
 ):
     body = chunked(b"x", trailers=b"".join(b"%b: %b\r\n" % pair for pair in _TRAILERS))
-    heard: list[Message] = []
+    received: list[Message] = []
     async with through(
-        answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard)
+        answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body, received)
     ) as (client, _):
         answer = await client.ask(
             b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
         )
-    assert heard[0].trailers == answer.trailers == _LEFT
+    assert received[0].trailers == answer.trailers == _LEFT
 
     heard2: list[Answer] = []
 
@@ -270,8 +269,8 @@ async def test_a_fault_in_a_body_that_came_with_its_head_is_a_502_of_this_hop() 
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_what_came_before_a_fault_in_a_body_reaches_the_client(at_once: bool) -> None:
-    """Otherwise the next proxy would say that nobody had answered at all."""
+async def test_data_before_a_fault_in_a_body_reaches_the_client(at_once: bool) -> None:
+    """Otherwise the next proxy would report that there was no response at all."""
     head, good, bad = (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"5\r\nhello\r\n",

@@ -1,9 +1,8 @@
-"""Bodies pass through and are never held: whoever does not read makes the sender stop, and memory
-does not grow with the body.
+"""Bodies are streamed and never buffered: a slow reader stops the sender, and memory does not grow
+with the body.
 
-Then the same as a crowd: many connections with all kinds of messages, byte for byte, and nothing
-left over at the end.
-"""
+The last tests do the same with many connections and all kinds of messages, byte for byte, with
+nothing left at the end."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from tests.kit.http import GET, OK, Peer, chunked, descriptors, origin, until
 
 BUFFERS = 16384
 SMALL = Settings(buffers=BUFFERS)
-# Three hops' kernel buffers (the kernel doubles what is asked for, and may overdraw by a segment)
-# and a read or two of ours.
+# Three hops' kernel buffers (the kernel doubles the requested size, and may exceed it by a segment)
+# and a read or two of the proxy.
 HELD = 700_000
 
 
 class Counted:
-    """Sends for ever, and says how much could be sent."""
+    """Sends for ever, and counts how much could be sent."""
 
     def __init__(self, chunks: bool) -> None:
         self.sent = 0
@@ -38,7 +37,7 @@ class Counted:
             self.sent += len(self.piece)
 
     async def settled(self) -> int:
-        """What was sent when nothing more can be."""
+        """The amount sent when nothing more can be sent."""
         before = -1
         while self.sent != before:
             before = self.sent
@@ -62,7 +61,7 @@ async def test_a_client_that_does_not_read_stops_the_server(chunks: bool) -> Non
         assert 0 < held < HELD
         for _ in range(200):
             await client.stream.receive_some(65536)
-        assert await counted.settled() > held  # and it goes on as the client does
+        assert await counted.settled() > held  # and it continues as the client reads
         client.reset()
         await proxy.gone()
 
@@ -151,7 +150,7 @@ async def test_a_large_body_passes_in_both_directions_without_being_held() -> No
 
 
 async def test_small_pieces_are_passed_on_as_they_come() -> None:
-    """Nothing waits for more: each event of a stream arrives by itself."""
+    """Nothing is collected first: each event of a stream arrives by itself."""
 
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -169,7 +168,7 @@ async def test_small_pieces_are_passed_on_as_they_come() -> None:
         assert (await client.until(b"0\r\n\r\n")).endswith(b"9\r\nevent 19\n\r\n0\r\n\r\n")
 
 
-# A crowd
+# Many connections
 
 
 def _bodies(source: random.Random) -> bytes:
@@ -200,7 +199,7 @@ def _framed(source: random.Random, body: bytes) -> bytes:
 
 
 async def _mirror(peer: Peer) -> None:
-    """Answers with the request's body, in a framing of its own choice."""
+    """Responds with the request's body, in a framing of its own choice."""
     source = random.Random(peer.stream.socket.getpeername()[1])
     while True:
         request = await peer.request()
@@ -225,7 +224,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
 
 
 async def _converse(client: Peer, seed: int, count: int) -> None:
-    """Up to `count` random requests on one connection; the last one may say so."""
+    """Up to `count` random requests on one connection; the last one may close it."""
     source = random.Random(seed)
     for number in range(count):
         method = source.choice(METHODS)

@@ -1,5 +1,5 @@
 """The trace layer around real exchanges: which spans there are, under which parents, and what the
-next hop is told."""
+next hop gets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 @dataclass
 class Seen:
-    """What the server was sent, and the records of the spans that have ended."""
+    """What the server got, and the records of the spans that have ended."""
 
     proxy: Hop
     heads: list[bytes] = field(default_factory=list)
@@ -69,8 +69,8 @@ async def traced(
     hold: trio.Event | None = None,
     layers: tuple[Layer, ...] = (),
 ) -> AsyncIterator[tuple[Peer, Seen]]:
-    """A client, a hop that traces, and a server that gives these answers one after the other; b"":
-    it closes the connection instead. Behind the last one it closes too, when `hold` is set."""
+    """A client, a hop that traces, and a server that gives these responses in sequence; b"": it
+    closes the connection instead. After the last one it closes too, when `hold` is set."""
     left, heads, records = list(answers or (ANSWER,)), [], []
 
     async def script(peer: Peer) -> None:
@@ -119,7 +119,7 @@ async def test_a_servers_span_hangs_under_the_callers_and_the_next_hops_under_it
     assert (span.response_bytes, span.failure, span.direction) == (2, None, "outbound")
 
 
-async def test_a_clients_span_is_of_the_server_that_was_asked() -> None:
+async def test_a_clients_span_names_the_server() -> None:
     async with traced("client") as (client, seen):
         await client.ask(GET)
         await until(lambda: len(seen.records) == 1, 10)
@@ -146,7 +146,7 @@ async def test_a_gateways_client_span_hangs_under_its_server_span() -> None:
 
 
 @pytest.mark.parametrize("side", ["client", "both"])
-async def test_what_is_sent_again_has_a_span_of_its_own_beside_the_first_and_linked_to_it(
+async def test_a_retry_has_its_own_span_with_a_link_to_the_first(
     side: Side,
 ) -> None:
     async with traced(side, ANSWER, b"", ANSWER) as (client, seen):
@@ -202,7 +202,7 @@ async def test_an_attempt_that_failed_shows_the_backend_and_the_bytes_that_it_ha
 
 
 @pytest.mark.parametrize("side", ["server", "client", "both"])
-async def test_what_is_not_recorded_goes_on_as_it_came_and_leaves_nothing(side: Side) -> None:
+async def test_an_unsampled_request_is_forwarded_unchanged_and_leaves_no_span(side: Side) -> None:
     async with traced(side) as (client, seen):
         await client.ask(UNSAMPLED)
         await seen.proxy.idle()
@@ -218,7 +218,7 @@ async def test_without_tracing_headers_are_not_touched() -> None:
     assert not seen.records
 
 
-async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so() -> None:
+async def test_a_request_without_a_trace_starts_one_at_the_sampling_ratio() -> None:
     async with traced("server", ratio=1.0) as (client, seen):
         await client.ask(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")
         await until(lambda: len(seen.records) == 1, 10)
@@ -229,7 +229,7 @@ async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so() ->
 @pytest.mark.parametrize(
     ("side", "kinds"), [("server", ["server"]), ("client", ["client"]), ("both", ["server"])]
 )
-async def test_what_the_proxy_answers_itself_is_traced_with_its_reason(
+async def test_responses_of_the_proxy_are_traced_with_their_reason(
     side: Side, kinds: list[str]
 ) -> None:
     async with traced(side) as (client, seen):
@@ -297,7 +297,7 @@ async def test_an_answer_before_the_end_of_the_request_ends_the_span() -> None:
         (b"Host: a\r\nUser-Agent: %b\r\n" % (b"x" * 1000), b"x" * 256),
     ],
 )
-async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(
+async def test_a_servers_span_has_the_first_user_agent_at_any_position(
     lines: bytes, agent: bytes | None
 ) -> None:
     async with traced("server") as (client, seen):
@@ -313,13 +313,12 @@ async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(
 @pytest.mark.parametrize("side", ["server", "client", "both"])
 async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(side: Side) -> None:
     class Referred(Exchange):
-        """An exchange that can be asked whether it is still there. It is answered: nothing else is
-        asked of it."""
+        """An exchange with a weak reference. It is answered, so nothing else is used of it."""
 
         __slots__ = ("__weakref__",)
 
         async def inform(self, head: ResponseHead) -> None:
-            raise NotImplementedError  # `answer` asks for none of these three
+            raise NotImplementedError  # `answer` uses none of these three
 
         async def respond(self, head: ResponseHead, body: Body) -> None:
             self.response = head

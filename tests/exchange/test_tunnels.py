@@ -63,12 +63,12 @@ async def test_after_the_switch_bytes_pass_as_they_are(
 
 
 async def test_a_server_that_declines_the_upgrade_answers_as_usual() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         for request_bytes in (OFFER, OFFER, GET):
             assert (await client.ask(request_bytes)).body == b"ok"
-    assert heard[0].get(b"upgrade") == b"websocket"
-    assert heard[0].get(b"connection") == b"Upgrade"
+    assert received[0].get(b"upgrade") == b"websocket"
+    assert received[0].get(b"connection") == b"Upgrade"
 
 
 @pytest.mark.parametrize(
@@ -76,24 +76,24 @@ async def test_a_server_that_declines_the_upgrade_answers_as_usual() -> None:
     [(b"h2c", None), (b"H2C, websocket", b"websocket"), (b"websocket, h2c", b"websocket")],
 )
 async def test_h2c_is_never_offered_onward(offer: bytes, passed: bytes | None) -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         await client.ask(
             b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings:"
             b" AA\r\nUpgrade: " + offer + b"\r\n\r\n"
         )
-    assert heard[0].get(b"upgrade") == passed
-    assert heard[0].get(b"http2-settings") is None
+    assert received[0].get(b"upgrade") == passed
+    assert received[0].get(b"http2-settings") is None
 
 
-async def test_an_upgrade_that_connection_does_not_name_is_no_offer() -> None:
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+async def test_an_upgrade_that_connection_does_not_name_is_ignored() -> None:
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n")
-    assert heard[0].get(b"upgrade") is None
+    assert received[0].get(b"upgrade") is None
 
 
-async def test_a_switch_that_nobody_asked_for_is_a_502() -> None:
+async def test_an_unrequested_switch_is_a_502() -> None:
     for request_bytes in (
         GET,
         b"GET / HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",

@@ -1,5 +1,5 @@
-"""Heads of HTTP/2 that take a short way, against the long one: a header block that comes again is
-read off, and a request that goes on by HTTP/2 becomes a header list in one pass."""
+"""HTTP/2 heads that take a shortcut, against the general way: a repeated header block is not parsed
+again, and a request that is forwarded by HTTP/2 becomes a header list in one pass."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from proxy.wire.messages import (
 )
 from tests.kit.exchanges import unanswered
 
-# As peers send them: what ends at a hop, what stands for something else in HTTP/1, and what is
-# nobody's business.
+# As peers send them: fields that end at a hop, fields that mean something else in HTTP/1, and
+# unknown fields.
 KNOWN: list[Pair] = [
     (b"te", b"trailers"), (b"te", b"Trailers"), (b"host", b"a"), (b"host", b"A:80"), (b"cookie", b"a=b"), (b"cookie", b"c=d"),
     (b"content-length", b"1"), (b"content-type", b"application/grpc"), (b"x-a", b""), (b"isthmus-hops", b"1"), (b"trailer", b"a"),
@@ -119,7 +119,7 @@ def test_a_request_that_is_read_off_again_is_the_same_and_independent(
             continue
         assert kinds(again.headers.items) == kinds(fresh.headers.items)
         assert again.headers.clean == fresh.headers.clean
-        # What becomes of one is nothing to the next.
+        # Changes of one do not affect the next.
         again.headers.items.append((b"x-more", b"1"))
         again.headers.remove(b"host", b"te")
         again.headers.clean = not fresh.headers.clean
@@ -156,7 +156,7 @@ def test_a_response_that_is_read_off_again_is_the_same_and_independent(
 def test_a_block_may_be_read_as_one_thing_and_as_the_other(
     pseudo: tuple[bytes, bytes, bytes | None, bytes], fields: list[Pair]
 ) -> None:
-    """The same bytes may stand in a request and, wrongly, in a response."""
+    """Bytes that are right in a request may come, wrongly, in a response."""
     block = Block(asked(pseudo, fields))
     first = read(block)
     try:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -96,17 +96,17 @@ async def test_a_client_of_http2(server: tuple[bytes, Address]) -> None:
         answer = client.messages[number]
         assert answer.status == 200
         assert answer.get(b"x-version") == (None if server[0] == b"1.1" else b"2")
-        frames, heard = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
+        frames, received = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
         for text in TEXTS:
             await _say(client, number, frames.send(wsproto.events.TextMessage(text)))
-            heard = ""
-            while heard != text:
+            received = ""
+            while received != text:
                 while not answer.body:
                     client.credit(await client.read())
                     await client.flush()
                 frames.receive_data(answer.body)
                 answer.body = b""
-                heard += "".join(
+                received += "".join(
                     event.data
                     for event in frames.events()
                     if isinstance(event, wsproto.events.TextMessage)
@@ -119,7 +119,7 @@ async def test_a_client_of_http2(server: tuple[bytes, Address]) -> None:
 
 
 async def _say(client: Peer2, number: int, data: bytes) -> None:
-    """Send while what comes back is read, or both sides would wait for windows."""
+    """Send and read at the same time. Otherwise both sides would wait for windows."""
     while data:
         room = client.h2.local_flow_control_window(number)
         await client.send(number, data[:room])
@@ -167,8 +167,7 @@ HAPROXY_PROGRAM = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin"
 )
 @pytest.mark.parametrize("far", [True, False], ids=["to haproxy", "to a server of HTTP/1"])
 async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path) -> None:
-    """HAProxy translates, too: in front of the proxy from HTTP/1.1 to HTTP/2, and behind it
-    back."""
+    """HAProxy translates, too: before the proxy from HTTP/1.1 to HTTP/2, and after it back."""
 
     def run(address: Address) -> None:
         with websockets.sync.client.connect(
@@ -200,9 +199,9 @@ async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path)
 # What the servers see, byte by byte
 
 
-def _tunnel(heard: list[Answer]) -> Callable[[Peer2, int, Answer], object]:
+def _tunnel(received: list[Answer]) -> Callable[[Peer2, int, Answer], Awaitable[None]]:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         peer.h2.send_headers(number, [(b":status", b"200"), (b"sec-websocket-protocol", b"chat")])
         await peer.send(number, b"server first")
         while number not in peer.ended:
@@ -214,8 +213,8 @@ def _tunnel(heard: list[Answer]) -> Callable[[Peer2, int, Answer], object]:
 
 
 async def test_the_handshake_of_http1_becomes_an_extended_connect() -> None:
-    heard: list[Answer] = []
-    script = speaking(answering2(_tunnel(heard), early=True), EXTENDED)  # type: ignore[arg-type]
+    received: list[Answer] = []
+    script = speaking(answering2(_tunnel(received), early=True), EXTENDED)
     async with origin(script) as up, hop2(up.address) as proxy:
         client = await proxy.connect()
         await client.send(HANDSHAKE)
@@ -234,7 +233,7 @@ async def test_the_handshake_of_http1_becomes_an_extended_connect() -> None:
         await client.eof()
         assert await client.rest() == b"cba"
         await proxy.gone()
-    assert sorted(heard[0].headers) == sorted(
+    assert sorted(received[0].headers) == sorted(
         [*WEBSOCKET, (b"sec-websocket-version", b"13"), (b"sec-websocket-protocol", b"chat")]
     )
 
@@ -293,7 +292,7 @@ SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade:
         (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 403, None),
     ],
 )  # fmt: skip
-async def test_an_extended_connect_is_a_tunnel_only_behind_a_101_with_the_proof(
+async def test_an_extended_connect_is_a_tunnel_only_after_a_101_with_a_valid_accept_key(
     response: bytes, status: int, reason: str | None
 ) -> None:
     async with origin(answering(response)) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
@@ -326,7 +325,7 @@ async def test_a_handshake_that_a_server_of_http2_refuses_is_an_ordinary_respons
 
 
 async def _both(peer: Peer) -> None:
-    """A server that takes both versions at one port, and WebSockets only in HTTP/1.1."""
+    """A server that accepts both versions at one port, and WebSockets only in HTTP/1.1."""
     await peer.least(4)
     if peer.received.startswith(b"PRI "):
         await speaking(answering2())(peer)
@@ -364,7 +363,7 @@ async def test_a_server_that_takes_websockets_only_in_http1_gets_them_so() -> No
         ]
 
 
-async def test_a_server_of_http1_behind_a_guess_of_http2_gets_its_websocket() -> None:
+async def test_a_server_of_http1_that_was_taken_for_http2_gets_its_websocket() -> None:
     async def script(peer: Peer) -> None:
         await peer.least(4)
         if peer.received.startswith(b"PRI "):
@@ -382,10 +381,10 @@ async def test_a_server_of_http1_behind_a_guess_of_http2_gets_its_websocket() ->
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpoint(
+async def test_an_unsupported_request_does_not_count_against_the_endpoint(
     version: int,
 ) -> None:
-    """Whatever a client offers, and as often as it likes."""
+    """Whatever a client offers, and however often."""
     async with mesh([only2(answering2())], policy(), up=b"2") as (world, _):
         for _ in range(20):
             if version == 1:
@@ -409,28 +408,28 @@ async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpo
 
 
 @pytest.mark.parametrize("offer", [b"TLS/1.2", b"TLS/1.2, HTTP/1.1", b"h2c", b"HTTP/2.0"])
-async def test_an_offer_of_what_would_carry_http_is_ignored(offer: bytes) -> None:
-    """Apache HttpClient 5.4 offers TLS with each GET. Behind such an upgrade this proxy would see
-    no requests any more."""
+async def test_an_upgrade_to_a_protocol_that_carries_http_is_ignored(offer: bytes) -> None:
+    """Apache HttpClient 5.4 offers TLS with each GET. After such an upgrade this proxy would see no
+    requests any more."""
     request = (
         b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: "
         + offer
         + b"\r\nX: y\r\n\r\n"
     )
-    heard: list[Message] = []
-    async with through(answering(heard=heard)) as (client, _):
+    received: list[Message] = []
+    async with through(answering(received=received)) as (client, _):
         for _ in range(2):
             assert (await client.ask(request)).body == b"ok"
-    assert [message.headers for message in heard] == [[(b"host", b"a"), (b"x", b"y")]] * 2
+    assert [message.headers for message in received] == [[(b"host", b"a"), (b"x", b"y")]] * 2
 
 
 @pytest.mark.parametrize("offer", [b"TLS/1.2", b"spdy/3.1", b"foo/2, bar", b"h2c", b"websocket"])
 async def test_an_offer_that_http2_cannot_carry_is_ignored(offer: bytes) -> None:
-    """The last one is no handshake: it has no key."""
-    heard: list[Answer] = []
+    """The last one is not a handshake: it has no key."""
+    received: list[Answer] = []
 
     async def note(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await ok(peer, number, message)
 
     request = (
@@ -443,12 +442,12 @@ async def test_an_offer_that_http2_cannot_carry_is_ignored(offer: bytes) -> None
         for _ in range(2):
             assert (await client.ask(request)).body == b"ok"
         assert up.opened == 1
-    assert [dict(message.headers) for message in heard] == [
+    assert [dict(message.headers) for message in received] == [
         {b":method": b"GET", b":scheme": b"http", b":authority": b"a", b":path": b"/", b"x": b"y"}
     ] * 2
 
 
-async def test_an_answer_of_http1_to_an_http2_preface_is_named_as_what_it_is() -> None:
+async def test_an_http1_response_to_an_http2_preface_is_reported_as_such() -> None:
     async def script(peer: Peer) -> None:
         await peer.until(b"SM\r\n\r\n")
         await peer.send(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")

@@ -1,4 +1,4 @@
-"""A relay of the fast path between two ends that talk."""
+"""A relay of the fast path between two ends that exchange data."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ IDLE = 60.0
 
 
 @asynccontextmanager
-async def paved(
+async def running_fast_path(
     idle_timeout: float = 1_000_000, silence: float = 1_000_000
 ) -> AsyncIterator[FastPath]:
-    """A fast path that runs, and by default does not look up by itself meanwhile."""
+    """A running fast path. By default its watchdog does not check during the test."""
     fast_path = FastPath(Drain(), idle_timeout, silence)
     await fast_path.open()
     async with trio.open_nursery() as nursery:
@@ -47,8 +47,8 @@ async def ends(tls: bool, buffers: int | None = None) -> tuple[Either, Either]:
 
 
 @dataclass
-class Heard:
-    """What one of the two peers has to say of it."""
+class Received:
+    """What one of the two peers has received."""
 
     data: bytes = b""
     end: str = ""
@@ -56,20 +56,20 @@ class Heard:
 
 @dataclass
 class Conversation:
-    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the
-    fast path gives the relay back."""
+    """What each peer sends, piece by piece, how it ends, and after how many pieces in all the fast
+    path hands the relay back."""
 
     pieces: list[tuple[int, int]]  # which peer, how many bytes
     last: tuple[str, str]  # of each: "eof", "reset"
     given_back: int | None = None
     outcome: Relayed | None = None
-    peers: tuple[Heard, Heard] = field(default_factory=lambda: (Heard(), Heard()))
+    peers: tuple[Received, Received] = field(default_factory=lambda: (Received(), Received()))
 
 
 async def held(
     talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath | None
 ) -> Conversation:
-    """Hold it by way of a relay between two connections (`kinds`: which of them is TLS)."""
+    """Run it through a relay between two connections (`kinds`: which of them is TLS)."""
     one, a = await ends(kinds[0])
     b, other = await ends(kinds[1])
     speakers = (one, other)
@@ -82,15 +82,15 @@ async def held(
         b.close()
 
     async def listen(who: int) -> None:
-        heard = talk.peers[who]
+        received = talk.peers[who]
         try:
             while data := await speakers[who].receive_some():
-                heard.data += data
-            heard.end = "eof"
+                received.data += data
+            received.end = "eof"
         except NetError:
-            heard.end = "lost"
-        except trio.ClosedResourceError:  # by ourselves
-            heard.end = ""
+            received.end = "lost"
+        except trio.ClosedResourceError:  # by this side
+            received.end = ""
 
     async def speak() -> None:
         said = [0, 0]
@@ -122,5 +122,5 @@ async def held(
     return talk
 
 
-def _has_heard(peer: Heard) -> bool:
+def _has_heard(peer: Received) -> bool:
     return bool(peer.end)

@@ -15,10 +15,10 @@ from proxy.fastpath.fast_path import FastPath
 
 @asynccontextmanager
 async def running_loop() -> AsyncIterator[EventLoop]:
-    """A fast path that has lent something, as far as its event loop knows."""
+    """A fast path whose event loop believes that it has connections."""
     fast_path = FastPath(
         Drain(), 1_000_000, 1_000_000
-    )  # so that it does not look up by itself meanwhile
+    )  # so that its watchdog does not check during the test
     await fast_path.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fast_path.run)

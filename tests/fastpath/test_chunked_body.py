@@ -1,5 +1,5 @@
-"""A body in chunks comes out as the ordinary path's reader and writer would have it, in whatever
-pieces it is read."""
+"""The output for a chunked body is that of the ordinary path's reader and writer, whatever pieces
+are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BODY = chunked(b"hello", b"x" * 300, trailers=b"X-Sum: 1\r\nHost: dropped\r\n")
 ONWARD = chunked(b"hello", b"x" * 300, trailers=b"X-Sum: 1\r\n")
 
 
-def test_whole_with_what_lies_behind_it() -> None:
+def test_whole_with_what_follows_it() -> None:
     chunks = ChunkedTranscoder(Limits())
     chunks.pass_on(BODY + b"behind")
     assert chunks.error is None
@@ -21,7 +21,7 @@ def test_whole_with_what_lies_behind_it() -> None:
     assert (chunks.ended, chunks.left) == (True, b"behind")
 
 
-def test_byte_by_byte_each_byte_of_it_goes_on_at_once() -> None:
+def test_byte_by_byte_each_byte_is_forwarded_at_once() -> None:
     chunks = ChunkedTranscoder(Limits())
     out, size = b"", 0
     for number in range(len(BODY)):
@@ -45,7 +45,7 @@ def test_byte_by_byte_each_byte_of_it_goes_on_at_once() -> None:
     "spoiled",
     [b"5\r\nhello!\r\n", b"-1\r\n", b"5\nhello\r\n", b"0\r\nX: \x00\r\n\r\n", b"1" * 2000],
 )
-def test_what_is_no_chunk_is_refused_and_what_came_before_it_goes_on(spoiled: bytes) -> None:
+def test_a_bad_chunk_is_refused_and_the_data_before_it_is_forwarded(spoiled: bytes) -> None:
     chunks = ChunkedTranscoder(Limits())
     chunks.pass_on(b"3\r\nabc\r\n")
     assert (chunks.out, chunks.error) == (b"3\r\nabc\r\n", None)

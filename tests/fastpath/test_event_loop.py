@@ -1,5 +1,5 @@
-"""The loop beneath trio: what comes for the fast path is done where trio would wait, and nothing of
-trio's waits for it."""
+"""The event loop beneath trio: it does the fast path's work where trio would wait, and does not
+delay trio's own work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kit.http import descriptors
 
 @pytest.fixture(params=["on its own clock", "on another's"])
 def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
-    """By which the test is run: a proxy has the one, a test the other."""
+    """The clock of the run: a proxy has the one, a test the other."""
     return EventLoopClock() if request.param == "on its own clock" else None
 
 
@@ -36,16 +36,16 @@ class Passes(trio.abc.Instrument):
         self.steps += 1
 
 
-async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(
+async def test_fast_path_events_take_no_pass_of_the_scheduler(
     clock: trio.abc.Clock | None,
 ) -> None:
-    passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
+    passes, received, all_of_it = Passes(), bytearray(), trio.Event()
     with ends() as (here, there):
         async with running_loop() as event_loop:
 
             def step(_: int) -> None:
-                heard.extend(here.recv(1))
-                if len(heard) < 1000:
+                received.extend(here.recv(1))
+                if len(received) < 1000:
                     there.send(b"x")
                 else:
                     all_of_it.set()
@@ -81,7 +81,7 @@ async def test_a_deadline_comes_although_the_fast_path_is_never_idle(
         async with running_loop() as event_loop:
             event_loop.steps[here.fileno()] = step
             event_loop.watch(here.fileno(), 0, select.EPOLLIN)
-            there.send(b"x")  # which nobody takes
+            there.send(b"x")  # which nothing reads
             with trio.fail_after(20):
                 await trio.sleep(0.05)
     assert steps > 10
@@ -93,7 +93,7 @@ async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(
     before = time.perf_counter()
     waker = threading.Timer(
         20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None]
-    )  # from a sleep that would have no end
+    )  # from a sleep without an end
     waker.start()
     async with running_loop(), trio.open_nursery() as nursery:
         nursery.start_soon(trio.sleep, 0.02)
@@ -108,8 +108,8 @@ async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(
 async def test_a_task_that_a_step_has_made_runnable_runs_at_once(
     last: bool, clock: trio.abc.Clock | None
 ) -> None:
-    """As does one whose connection leaves the fast path, in the midst of a wait, and leaves nothing
-    on it."""
+    """So does one whose connection leaves the fast path in the middle of a wait, when no other
+    connection is left on it."""
     event = trio.Event()
     with ends() as (here, there):
         async with running_loop() as event_loop:
@@ -133,22 +133,21 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once(
 async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(
     clock: trio.abc.Clock | None,
 ) -> None:
-    heard = bytearray()
+    received = bytearray()
     with ends() as (here, there):
         async with running_loop() as event_loop:
-            event_loop.steps[here.fileno()] = lambda _: heard.extend(here.recv(1))
+            event_loop.steps[here.fileno()] = lambda _: received.extend(here.recv(1))
             event_loop.watch(here.fileno(), 0, select.EPOLLIN)
             there.send(b"x")
             for _ in range(100):  # and trio never waits
                 await trio.lowlevel.checkpoint()
-    assert heard == b"x"
+    assert received == b"x"
 
 
 async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its own clock, trio does nothing for a task that a step has made runnable but to run
-    it."""
+    """With its own clock, trio needs no wake-up to run a task that a step has made runnable."""
     clock, event, woken = EventLoopClock(), trio.Event(), []
 
     async def main() -> None:
@@ -174,7 +173,7 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(
     assert not woken
 
 
-async def test_what_other_threads_and_other_sockets_say_is_heard(
+async def test_other_threads_and_other_sockets_still_wake_the_loop(
     clock: trio.abc.Clock | None,
 ) -> None:
     with ends() as (here, there):
@@ -196,7 +195,7 @@ async def test_paths_of_one_run_share_their_loop_and_leave_nothing_open(
 
 
 @interpreted
-async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_said(
+async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_logged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     clock: trio.abc.Clock | None,

@@ -1,5 +1,4 @@
-"""A relay on the fast path: what comes out, and how it ends, is what two tasks would have made of
-it."""
+"""A relay on the fast path: its output and its end are those of a relay by two tasks."""
 
 from __future__ import annotations
 
@@ -15,14 +14,22 @@ from hypothesis import strategies as st
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
-from tests.fastpath.conversations import IDLE, MESH, Conversation, Either, ends, held, paved
+from tests.fastpath.conversations import (
+    IDLE,
+    MESH,
+    Conversation,
+    Either,
+    ends,
+    held,
+    running_fast_path,
+)
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors, until
 from tests.net.conftest import both, pair, read_all
 
 
 def waits(fast_path: FastPath) -> bool:
-    """Whether a relay on `fast_path` has bytes that nobody takes."""
+    """Whether a relay on `fast_path` has bytes that the other side does not read."""
     return any(fast_relay._state.held[0] for fast_relay in fast_path._relays)
 
 
@@ -40,7 +47,7 @@ def test_a_conversation_comes_out_as_it_does_with_tasks(
 ) -> None:
     async def main() -> tuple[Conversation, Conversation]:
         with_tasks = await held(Conversation(talk.pieces, talk.last), kinds, None)
-        async with paved() as fast_path:
+        async with running_fast_path() as fast_path:
             on_fast_path = await held(
                 Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path
             )
@@ -50,13 +57,14 @@ def test_a_conversation_comes_out_as_it_does_with_tasks(
 
     with_tasks, on_fast_path = trio.run(main)
     assert on_fast_path.peers == with_tasks.peers
-    assert repr(on_fast_path.outcome) == repr(with_tasks.outcome)  # errors are equal by their words
+    # Errors are equal if their messages are
+    assert repr(on_fast_path.outcome) == repr(with_tasks.outcome)
 
 
-async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
+async def test_an_end_that_was_read_after_full_records_is_noticed() -> None:
     client, a = pair()
     b, server = await MESH.connect()
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
@@ -75,7 +83,7 @@ async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
 async def test_no_task_waits_for_either_side() -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         before = trio.lowlevel.current_statistics().tasks_living
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
@@ -89,7 +97,7 @@ async def test_no_task_waits_for_either_side() -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_closed(
+async def test_unsent_bytes_are_returned_with_it_when_the_fast_path_is_closed(
     tls: bool,
 ) -> None:
     client, a = pair()
@@ -102,7 +110,7 @@ async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_cl
             assert data
             got.extend(data)
 
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
@@ -116,21 +124,19 @@ async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_cl
         stream.close()
 
 
-async def noted(found: list[Relayed], a: Either, b: Either, fast_path: FastPath) -> None:
-    """Relay, and note how that ends."""
+async def relay_recorded(found: list[Relayed], a: Either, b: Either, fast_path: FastPath) -> None:
+    """Relay, and record the outcome."""
     found.append(await relay(a, b, idle=IDLE, carry=fast_path.join))
 
 
-async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> (
-    None
-):
+async def test_a_lost_side_is_found_when_the_other_reads_again() -> None:
     client, a = pair()
     b, server = pair(buffers=16384)
     found: list[Relayed] = []
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(noted, found, a, b, fast_path)
+                nursery.start_soon(relay_recorded, found, a, b, fast_path)
                 with trio.move_on_after(0.1):
                     await client.send_all(bytes(64 << 20))
                 await until(lambda: waits(fast_path))
@@ -145,16 +151,14 @@ async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_wh
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("clogged", [False, True])
-async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(
-    tls: bool, clogged: bool
-) -> None:
+async def test_a_side_that_is_known_to_be_dead_ends_the_relay(tls: bool, clogged: bool) -> None:
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
     found: list[Relayed] = []
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(noted, found, a, b, fast_path)
+                nursery.start_soon(relay_recorded, found, a, b, fast_path)
                 await trio.testing.wait_all_tasks_blocked()
                 if clogged:
                     with trio.move_on_after(0.1):
@@ -168,12 +172,12 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
         stream.close()
 
 
-async def test_silence_ends_it_although_exchanges_are_under_way(
+async def test_silence_ends_it_although_exchanges_are_in_progress(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     client, a = pair()
     b, server = pair()
-    async with paved(silence=IDLE) as fast_path:
+    async with running_fast_path(silence=IDLE) as fast_path:
         began = trio.current_time()
         results = await both(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
         assert results == [Relayed(0, 0, None, "idle", None)]
@@ -188,7 +192,7 @@ async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_
 ) -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
 
         def full(descriptor: int, before: int, events: int) -> None:
             if events and descriptor == b.socket.fileno():
@@ -208,10 +212,10 @@ async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_
         stream.close()
 
 
-async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
+async def test_a_side_that_was_closed_elsewhere_is_released() -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as fast_path:
+    async with running_fast_path() as fast_path:
         with trio.move_on_after(0.05):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
@@ -226,7 +230,7 @@ async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
 async def test_nothing_is_left_open() -> None:
     before = descriptors()
     for _ in range(3):
-        async with paved() as fast_path:
+        async with running_fast_path() as fast_path:
             client, a = pair()
             b, server = pair()
             client.close()

@@ -1,9 +1,14 @@
-"""A connection goes to the fast path and comes back, and the fast path counts it once."""
+"""A connection moves to the fast path and back, and the fast path counts it once."""
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import trio
 
+from proxy.exchange.server_settings import Drain
+from proxy.fastpath.fast_path import FastPath
 from tests.kit.hop import Settings, through
 from tests.kit.http import GET, answering, until
 
@@ -27,3 +32,30 @@ async def test_a_retired_connection_on_the_ordinary_path_is_not_counted_as_retur
         assert answer.get(b"connection") == b"close"
         with trio.fail_after(5):
             assert (await other.ask(GET)).status == 200  # its connection is still polled
+
+
+class _Carried:
+    """An exchange whose first handover fails."""
+
+    moved, limit = 0.0, math.inf
+
+    def __init__(self) -> None:
+        self.handed_over = 0
+
+    def hand_over(self) -> None:
+        self.handed_over += 1
+        raise RuntimeError("not today")
+
+
+def test_an_exchange_that_cannot_be_handed_over_is_logged_and_does_not_stop_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fast_path = FastPath(Drain(), 60.0, 60.0)
+    exchanges = [_Carried(), _Carried()]
+    for exchange in exchanges:
+        fast_path.exchange_began(exchange)
+    fast_path.give_up(math.inf)
+    assert [exchange.handed_over for exchange in exchanges] == [1, 1]
+    assert caplog.text.count("internal error while handing over an exchange") == 2
+    fast_path.give_up(math.inf)
+    assert [exchange.handed_over for exchange in exchanges] == [1, 1]

@@ -1,4 +1,4 @@
-"""A connection at rest: when it is known to be quiet, and when it has to be asked."""
+"""An idle connection: when it is known to be idle, and when the socket has to be checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MESH = Mesh()
 
 
 class Turn:
-    """Looks at a side in the first of the steps of a turn."""
+    """Checks a side in the first of the steps of a pass."""
 
     def __init__(
         self, event_loop: EventLoop, side: ReadySocket, sock: socket.socket, other: socket.socket
@@ -37,7 +37,7 @@ class Turn:
         self._seen.append(self._side.is_quiet())
 
     async def quiet(self, meanwhile: Callable[[], object] = lambda: None) -> bool:
-        """`meanwhile` happens before the turn, behind what wakes it."""
+        """`meanwhile` is called before the pass, after the event that starts it."""
         self._seen.clear()
         self._other.send(b"x")
         meanwhile()
@@ -49,7 +49,7 @@ class Turn:
 async def resting(
     *, tls: bool = False, spoken: bool = True
 ) -> AsyncIterator[tuple[ReadySocket, SocketStream | TLSStream, Turn]]:
-    """A side that has read something and come to rest, the other end, and a look."""
+    """A side that has read something and is idle, the other end, and a check."""
     ours, theirs = await MESH.connect(pair()) if tls else pair()
     async with running_loop() as event_loop:
         side = ReadySocket(event_loop, ours)
@@ -68,15 +68,15 @@ async def resting(
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_a_turn_that_has_heard_nothing_of_it_knows_that_it_is_quiet(tls: bool) -> None:
+async def test_a_pass_without_an_event_for_it_knows_that_it_is_idle(tls: bool) -> None:
     async with resting(tls=tls) as (side, _, turn):
         for _ in range(3):
             assert await turn.quiet()
-            assert not side.is_quiet(), "time has passed since that turn"
+            assert not side.is_quiet(), "time has passed since that pass"
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_what_comes_in_the_same_turn_is_heard_before_its_step(tls: bool) -> None:
+async def test_an_event_in_the_same_pass_is_noticed_before_its_step(tls: bool) -> None:
     async with resting(tls=tls) as (side, theirs, turn):
         assert await turn.quiet()
         assert not await turn.quiet(theirs.close)
@@ -84,19 +84,19 @@ async def test_what_comes_in_the_same_turn_is_heard_before_its_step(tls: bool) -
         assert not side.stream.is_idle()
 
 
-async def test_one_that_has_been_sent_tickets_is_asked_and_found_idle() -> None:
+async def test_one_that_has_session_tickets_to_read_is_checked_and_is_idle() -> None:
     async with resting(tls=True, spoken=False) as (side, theirs, turn):
         assert isinstance(theirs, TLSStream)
         send_tickets(theirs)
         for _ in range(2):
             assert not await turn.quiet()
-            assert side.stream.is_idle()  # which takes them in
+            assert side.stream.is_idle()  # which reads them
         side.watch(IN)
         side.park()
         assert await turn.quiet()
 
 
-async def test_one_from_which_others_have_read_is_asked() -> None:
+async def test_one_from_which_others_have_read_is_checked() -> None:
     async with resting() as (side, theirs, turn):
         await theirs.send_all(b"more")
         assert side.receive() == b"more"
@@ -108,7 +108,7 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
 
 @pytest.mark.parametrize("fast_path", ["runs", "is gone"])
 async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str) -> None:
-    """A pool may be closed behind the last path."""
+    """A pool may be closed after the last fast path."""
     ours, theirs = await MESH.connect(pair())
     async with running_loop() as event_loop:
         side = ReadySocket(event_loop, ours)
@@ -124,7 +124,7 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str
     theirs.close()
 
 
-async def test_a_turn_that_could_not_be_told_all_knows_of_none(
+async def test_a_pass_with_too_many_events_knows_of_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with resting() as (_, __, turn):
@@ -133,9 +133,9 @@ async def test_a_turn_that_could_not_be_told_all_knows_of_none(
         assert not await turn.quiet()
 
 
-async def test_one_whose_end_came_with_what_was_read_last_is_asked() -> None:
+async def test_one_whose_end_came_with_the_last_read_is_checked() -> None:
     async with resting(tls=True) as (side, theirs, turn):
-        await theirs.send_all(bytes(16384))  # a whole record: what is behind it is read with it
+        await theirs.send_all(bytes(16384))  # a whole record: what follows it is read with it
         await theirs.send_eof()
         assert len(side.receive(65536) or b"") == 16384
         side.watch(IN)

@@ -1,11 +1,10 @@
-"""Who is let in when there is no room for all: whole proxies in this process, on loopback, with
-real sockets.
+"""Which clients are admitted when there is no room for all: whole proxies in this process, on
+loopback, with real sockets.
 
-Rules: who has been refused is sent away; a client that has shown no identity keeps its connection
-for seconds only, unless it asks for something; whatever such clients do, a member of the mesh comes
-in within a second or two, at a sidecar and at a gateway, on both paths; and where there is room, a
-client without an identity is served like any other.
-"""
+Rules: a refused peer is disconnected. A client that presented no identity keeps its connection for
+seconds only, unless it sends a request. Whatever such clients do, a member of the mesh is admitted
+within a second or two, at a sidecar and at a gateway, on both paths. Where there is room, a client
+without an identity is served like any other."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ import trio
 from proxy.app import App
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror
 from tests.kit.clusters import LISTEN
 from tests.kit.http import Peer, connect, until
 from tests.kit.http2_peers import GET, GRPC, Gone, Peer2
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: c.default\r\n\r\n"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and SETTINGS
-# seconds, on a busy machine; each wait that is tested would otherwise be longer than `SLOW`
+# seconds, on a busy machine; every wait under test would otherwise be longer than `SLOW`
 PROMPTLY = 5.0
 SLOW = "60s"
 SILENT: dict[str, Any] = {"detect_timeout": SLOW, "max_pending": 64}
@@ -39,7 +38,7 @@ GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLErro
 
 
 class Secure(Peer):
-    """The same by mutual TLS."""
+    """A Peer over mutual TLS."""
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         super().__init__(stream.transport_stream.socket)
@@ -62,7 +61,7 @@ class Stage:
         return self.app.metrics.registry.get_sample_value(f"isthmus_{family}", labels) or 0.0
 
     async def plain(self) -> Peer:
-        return await connect(Address(HOST, way_in(self.app)))
+        return await connect(Address(HOST, inbound_port(self.app)))
 
     async def member(self, name: str = "west", alpn: str = "http/1.1") -> Peer:
         return Secure(await self.fleet.meet(self.app, name, self.name, alpn=alpn))
@@ -96,8 +95,8 @@ async def sidecar(
 async def gateway(
     folder: Path, *, fast: bool = True, http: dict[str, Any] | None = None, **rules: Any
 ) -> AsyncIterator[Stage]:
-    """The gateway of a cluster in which `c` is exported, and has no endpoint: who is let in is
-    answered 503."""
+    """The gateway of a cluster that exports `c`, which has no endpoint: an admitted client gets
+    503."""
     fleet = Fleet(folder)
     c = {"name": "c", "ports": [{"port": 80, "protocol": "http1"}], "endpoints": [], "export": True}
     settings = {"enabled": True, **LISTEN, **rules}
@@ -130,7 +129,7 @@ Side = Callable[..., Any]
 
 
 async def end_of(peer: Peer) -> bytes:
-    """All that comes until the other side ends the connection."""
+    """All bytes until the other side ends the connection."""
     with trio.fail_after(PROMPTLY):
         try:
             return await peer.rest()
@@ -139,7 +138,7 @@ async def end_of(peer: Peer) -> bytes:
 
 
 async def read_to_the_end(client: Peer2) -> None:
-    """Read, and answer what HTTP/2 answers by itself, until the other side ends the connection."""
+    """Read, and send what HTTP/2 sends by itself, until the other side ends the connection."""
     try:
         while True:
             await client.read()
@@ -155,7 +154,7 @@ async def read_to_the_end(client: Peer2) -> None:
 @pytest.mark.parametrize(
     "side", ["sidecar", "gateway", "gateway, not on the list", "sidecar, not on the list"]
 )
-async def test_who_was_refused_over_http_1_is_sent_away(
+async def test_a_refused_peer_over_http_1_is_disconnected(
     tmp_path: Path, side: str, fast: bool
 ) -> None:
     listed = Fleet.identity("king")
@@ -179,7 +178,7 @@ async def test_who_was_refused_over_http_1_is_sent_away(
 @BOTH_PATHS
 @BOTH_SIDES
 @pytest.mark.parametrize("head", [GET, GRPC], ids=["http", "grpc"])
-async def test_who_was_refused_over_http_2_is_sent_away(
+async def test_a_refused_peer_over_http_2_is_disconnected(
     tmp_path: Path, side: Side, fast: bool, head: Any
 ) -> None:
     rules = {"require_identity": True} if side is sidecar else {}
@@ -196,7 +195,7 @@ async def test_who_was_refused_over_http_2_is_sent_away(
         client.peer.close()
 
 
-async def test_what_a_gateway_does_not_export_is_no_reason_to_send_a_member_away(
+async def test_a_request_for_an_unexported_service_does_not_disconnect_a_member(
     tmp_path: Path,
 ) -> None:
     async with gateway(tmp_path) as stage:
@@ -213,7 +212,7 @@ async def test_what_a_gateway_does_not_export_is_no_reason_to_send_a_member_away
 
 @BOTH_PATHS
 @pytest.mark.parametrize("version", ["1.1", "2"])
-async def test_who_has_no_identity_keeps_a_quiet_connection_for_seconds_and_a_member_for_longer(
+async def test_an_idle_connection_without_an_identity_is_kept_for_seconds_and_a_member_s_for_longer(
     tmp_path: Path, version: str, fast: bool
 ) -> None:
     async with sidecar(
@@ -228,7 +227,7 @@ async def test_who_has_no_identity_keeps_a_quiet_connection_for_seconds_and_a_me
                 assert (await plain.response()).status == 200
             await end_of(plain)
         else:
-            await plain.send(PREFACE)  # and no answer to anything
+            await plain.send(PREFACE)  # and no response
             assert b"goodbye" in await end_of(plain)
         assert trio.current_time() - began >= 1.0
         plain.close()
@@ -245,7 +244,7 @@ async def test_who_has_no_identity_keeps_a_quiet_connection_for_seconds_and_a_me
 async def flood(
     attack: Callable[[trio.SocketStream], Awaitable[None]], port: int, number: int
 ) -> AsyncIterator[None]:
-    """So many clients, each of which comes again when it is sent away."""
+    """That many clients, each of which connects again when it is disconnected."""
 
     async def forever() -> None:
         while True:
@@ -267,16 +266,16 @@ async def flood(
 
 
 async def silent(_: trio.SocketStream) -> None:
-    """Nothing at all."""
+    """Sends nothing."""
 
 
 async def hello(stream: trio.SocketStream) -> None:
-    """The beginning of a TLS handshake, as far as nobody can tell yet for whom it is."""
+    """The start of a TLS handshake, which does not show yet for whom it is."""
     await stream.send_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40))
 
 
 def stalled(name: str) -> Callable[[trio.SocketStream], Awaitable[None]]:
-    """A ClientHello for this workload, and nothing behind it."""
+    """A ClientHello for this workload, and nothing after it."""
     outgoing, context = ssl.MemoryBIO(), ssl.create_default_context()
     try:
         context.wrap_bio(
@@ -325,7 +324,7 @@ async def test_a_member_comes_in_whatever_others_do(
     ) as stage:
         if attack is stalled:
             attack = stalled(stage.name)
-        async with AsyncExitStack() as stack, flood(attack, way_in(stage.app), ATTACKERS):
+        async with AsyncExitStack() as stack, flood(attack, inbound_port(stage.app), ATTACKERS):
             for _ in range(10):
                 peer = await stage.comes_in()
                 stack.callback(peer.close)
@@ -334,10 +333,10 @@ async def test_a_member_comes_in_whatever_others_do(
             assert slots.open <= 20 + 3 * 64
 
 
-async def test_members_who_come_in_stay_while_a_flood_goes_on(tmp_path: Path) -> None:
+async def test_members_that_connect_during_a_flood_stay_connected(tmp_path: Path) -> None:
     async with sidecar(tmp_path, max_connections=20, member_reserve=0.25, **SILENT) as stage:
         peers = [await stage.comes_in() for _ in range(5)]
-        async with flood(request, way_in(stage.app), ATTACKERS):
+        async with flood(request, inbound_port(stage.app), ATTACKERS):
             for _ in range(5):
                 for peer in peers:
                     await peer.send(REQUEST)
@@ -373,7 +372,7 @@ async def test_clients_without_an_identity_are_served_while_there_is_room_and_ta
             peer.close()
 
 
-async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_another_one(
+async def test_a_request_of_a_client_without_an_identity_is_not_ended_for_another_client(
     tmp_path: Path,
 ) -> None:
     async with sidecar(tmp_path, max_connections=10, member_reserve=0.2) as stage:
@@ -393,13 +392,13 @@ async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_anothe
             peer.close()
 
 
-async def test_the_log_says_who_was_ended_and_why_once_a_second(
+async def test_closed_connections_are_logged_with_the_reason_once_a_second(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "isthmus")
     async with (
         sidecar(tmp_path, max_connections=20, **SILENT) as stage,
-        flood(silent, way_in(stage.app), ATTACKERS),
+        flood(silent, inbound_port(stage.app), ATTACKERS),
     ):
         await until(
             lambda: (

@@ -1,10 +1,9 @@
-"""An outsider's authority does not choose the service: whatever a request says of itself, it goes
-where the application dialled.
+"""A foreign authority does not choose the service: a request goes where the application dialled,
+whatever its authority is.
 
-Whole proxies on loopback. `shop` is a service of the directory behind a meshed sidecar; the
-application dials another server, which the directory does not know, as a reverse proxy does that
-keeps the Host of its client.
-"""
+Whole proxies on loopback. `shop` is a service of the directory behind a meshed sidecar. The
+application dials another server, which the directory does not have, as a reverse proxy does that
+keeps the Host of its client."""
 
 from __future__ import annotations
 
@@ -18,18 +17,18 @@ import pytest
 import trio
 
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.kit.clusters import LISTEN
 from tests.kit.http import Message, connect
 
-OUTSIDE = "127.0.0.2"  # an address that the directory does not know
+OUTSIDE = "127.0.0.2"  # an address that the directory does not have
 FAST = pytest.mark.parametrize("fast_path", [True, False], ids=["fast", "ordinary"])
 
 
 @dataclass
 class Scene:
     near: Address  # the outbound listener
-    reached: list[str]  # who has got a connection from a proxy
+    reached: list[str]  # the servers that have got a connection from a proxy
 
     async def ask(self, request: bytes) -> Message:
         peer = await connect(self.near)
@@ -41,7 +40,7 @@ class Scene:
 
 @asynccontextmanager
 async def scene(folder: Path, fast_path: bool, **outbound: Any) -> AsyncIterator[Scene]:
-    """The application's connections go to a server that the directory does not know."""
+    """The application's connections go to a server that the directory does not have."""
     fleet, reached = Fleet(folder), list[str]()
 
     async def shop(stream: trio.SocketStream) -> None:
@@ -61,7 +60,7 @@ async def scene(folder: Path, fast_path: bool, **outbound: Any) -> AsyncIterator
         endpoint = {
             "address": HOST,
             "identity": Fleet.identity("shop"),
-            "ports": {"80": way_in(far)},
+            "ports": {"80": inbound_port(far)},
         }
         directory = {
             "services": [
@@ -75,7 +74,7 @@ async def scene(folder: Path, fast_path: bool, **outbound: Any) -> AsyncIterator
         }
         to = {**LISTEN, "fixed_destination": f"{OUTSIDE}:{outer}", **outbound}
         near = await enter(fleet.running("web", directory, outbound=to, fast_path=fast_path))
-        yield Scene(Address(HOST, way_out(near)), reached)
+        yield Scene(Address(HOST, outbound_port(near)), reached)
 
 
 @FAST

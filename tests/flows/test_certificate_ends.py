@@ -1,9 +1,8 @@
-"""A connection ends with the certificates that it rests on: whole proxies, both paths, and a wall
+"""A connection ends with the certificates that it depends on: whole proxies, both paths, and a wall
 clock that the tests move.
 
-At the end of the certificate a connection takes no new request; `identity.expiry_grace` later it is
-cut, whatever is under way.
-"""
+At the end of the certificate a connection accepts no new request. `identity.expiry_grace` later it
+is closed, whatever is in progress."""
 
 from __future__ import annotations
 
@@ -22,7 +21,15 @@ import trio
 from proxy.app import App
 from proxy.identity.issue import issue, make_root
 from proxy.identity.spiffe import SpiffeId
-from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import (
+    HOST,
+    Application,
+    Fleet,
+    application,
+    inbound_port,
+    mirror,
+    outbound_port,
+)
 from tests.kit.clusters import LISTEN, Clusters, clusters
 from tests.kit.http import until
 
@@ -32,7 +39,7 @@ DAYS = 2 * 86400.0  # longer than a workload's certificate lasts
 
 
 def later(app: App, seconds: float) -> None:
-    """Have the proxy believe that it is so much later, and look."""
+    """Move the proxy's clock forward by so much, and let it check."""
     moment = time.time() + seconds
     app.own.expiries._clock = lambda: moment
     app.own.expiries.look()
@@ -70,7 +77,7 @@ async def served(
 
 
 class Slow:
-    """An application that answers when it is told to."""
+    """An application that responds when the test says so."""
 
     def __init__(self) -> None:
         self.asked, self.answer = trio.Event(), trio.Event()
@@ -84,20 +91,20 @@ class Slow:
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    with suppress(trio.BrokenResourceError):  # a relay that is cut is reset on both sides
+    with suppress(trio.BrokenResourceError):  # a relay that is ended is reset on both sides
         async for piece in stream:
             await stream.send_all(piece)
 
 
 async def received(stream: Stream) -> bytes:
-    """What one read gives; b"" for every kind of end."""
+    """The result of one read; b"" for every kind of end."""
     try:
         return bytes(await stream.receive_some())
     except trio.BrokenResourceError:
         return b""
 
 
-async def test_an_idle_connection_is_closed_and_takes_no_request_any_more(
+async def test_an_idle_connection_is_closed_and_accepts_no_more_requests(
     tmp_path: Path, fast: bool
 ) -> None:
     async with (
@@ -117,7 +124,7 @@ async def test_an_idle_connection_is_closed_and_takes_no_request_any_more(
         assert b'isthmus_certificate_ends_total{how="cut"} 1.0' not in app.render()
 
 
-async def test_the_response_under_way_says_that_it_is_the_last(tmp_path: Path, fast: bool) -> None:
+async def test_the_response_in_progress_announces_the_close(tmp_path: Path, fast: bool) -> None:
     slow = Slow()
     async with (
         served(tmp_path, slow, fast, expiry_grace="1d") as (fleet, app),
@@ -149,7 +156,7 @@ async def test_an_exchange_that_outlasts_the_grace_is_cut(tmp_path: Path, fast: 
         assert b'isthmus_certificate_ends_total{how="cut"} 1.0' in app.render()
 
 
-async def test_a_relay_is_cut_behind_the_grace_with_a_reason(
+async def test_a_relay_is_ended_after_the_grace_period_with_a_reason(
     tmp_path: Path, fast: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "isthmus.connection")
@@ -161,7 +168,7 @@ async def test_a_relay_is_cut_behind_the_grace_with_a_reason(
         for seconds in (0, due + 5):
             later(app, seconds)
             await stream.send_all(b"hello")
-            assert await received(stream) == b"hello", "within the grace"
+            assert await received(stream) == b"hello", "within the grace period"
         later(app, due + 11)
         with trio.fail_after(10):
             assert await received(stream) == b""
@@ -185,11 +192,11 @@ async def test_where_it_is_switched_off_nothing_ends(tmp_path: Path, fast: bool)
         assert len(app.own.expiries) == 0
 
 
-async def test_a_removed_root_ends_what_it_vouched_for_and_nothing_else(
+async def test_a_removed_root_ends_only_the_connections_that_depend_on_it(
     tmp_path: Path, fast: bool
 ) -> None:
-    """First a root is added, which ends nothing; then the old one is taken away, while a peer of
-    each is connected."""
+    """First a root is added, which ends nothing. Then the old one is removed, while a peer of each
+    is connected."""
     async with served(tmp_path, mirror, fast, reload_interval="50ms", expiry_grace="0s") as (
         fleet,
         app,
@@ -223,8 +230,8 @@ async def test_a_removed_root_ends_what_it_vouched_for_and_nothing_else(
 
 
 async def frames(stream: Stream) -> AsyncIterator[int]:
-    """Ask one question by HTTP/2, and give the type of each frame that comes until the end. PINGs
-    are answered; h2 would refuse those behind a GOAWAY."""
+    """Send one request by HTTP/2, and return the type of each frame until the end. PINGs are
+    answered; h2 would refuse those after a GOAWAY."""
     client = h2.connection.H2Connection(
         h2.config.H2Configuration(client_side=True, header_encoding="ascii")
     )
@@ -259,7 +266,7 @@ async def answer2(stream: trio.SocketStream) -> None:
         await stream.send_all(connection.data_to_send())
 
 
-async def test_an_http2_connection_says_goaway_and_ends(tmp_path: Path, fast: bool) -> None:
+async def test_an_http2_connection_sends_goaway_and_ends(tmp_path: Path, fast: bool) -> None:
     async with served(tmp_path, answer2, fast, expiry_grace="1d") as (fleet, app):
         async with await fleet.meet(app, "peer", "server", alpn="h2") as stream:
             seen: list[int] = []
@@ -285,7 +292,7 @@ async def dialled(
             endpoint = {
                 "address": HOST,
                 "identity": fleet.identity("server"),
-                "ports": {"80": way_in(far)},
+                "ports": {"80": inbound_port(far)},
             }
             service = {
                 "name": "c",
@@ -306,7 +313,7 @@ async def test_a_kept_connection_to_a_peer_is_not_used_any_more(
     serve = mirror if protocol == "http1" else answer2
     async with (
         dialled(tmp_path, fast, protocol, serve) as (near, far),
-        await trio.open_tcp_stream(HOST, way_out(near)) as client,
+        await trio.open_tcp_stream(HOST, outbound_port(near)) as client,
     ):
 
         async def ask() -> bytes:
@@ -326,13 +333,13 @@ async def test_a_kept_connection_to_a_peer_is_not_used_any_more(
 async def test_a_relay_to_a_peer_is_cut(tmp_path: Path, fast: bool) -> None:
     async with (
         dialled(tmp_path, fast, "opaque", echo) as (near, _),
-        await trio.open_tcp_stream(HOST, way_out(near)) as client,
+        await trio.open_tcp_stream(HOST, outbound_port(near)) as client,
     ):
         await client.send_all(b"hello")
         assert await client.receive_some() == b"hello"
         later(near, DAYS)
         with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
-            assert await client.receive_some(), "a reset, and no end"
+            assert await client.receive_some(), "a reset, not an end"
 
 
 async def test_a_gateway_ends_connections_and_tunnels_too(tmp_path: Path) -> None:

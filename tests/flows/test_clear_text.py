@@ -1,9 +1,9 @@
-"""No clear text to an address that had an identity, whatever the directory says now, or does not
-say any more.
+"""No clear text to an address that had an identity, whatever the directory says now, or no longer
+says.
 
-A whole sidecar on loopback, and a listener that notes the first bytes of each connection: a TLS
-record, or what leaked. Requests, by the fast path and by the ordinary one, and opaque connections.
-"""
+A whole sidecar on loopback, and a listener that records the first bytes of each connection: a TLS
+record, or leaked clear text. Requests, by the fast path and by the ordinary one, and opaque
+connections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import trio
 from proxy.app import App
 from proxy.errors import UpstreamTLSError
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, way_out
+from tests.kit.apps import HOST, Fleet, application, outbound_port
 from tests.kit.clusters import LISTEN
 from tests.kit.http import connect, until
 
@@ -32,20 +32,20 @@ HOW = pytest.mark.parametrize("how", ["fast", "ordinary", "opaque"])
 
 @dataclass
 class Scene:
-    """`to`: the address that the application dials is the operator's choice here, so it is one for
-    each scene."""
+    """`to`: the address that the application dials. The redirection sets it, so each scene has
+    one."""
 
     fleet: Fleet
     app: App
-    heard: list[bytes]
+    received: list[bytes]
     port: int  # of the listener
     how: str
     extra: dict[str, Any] = field(default_factory=dict)
 
     async def ask(self) -> tuple[int | None, bytes]:
-        """What a request, or an opaque connection with the same bytes, comes to: its status (None:
-        closed without an answer), and its Proxy-Status."""
-        peer = await connect(Address(HOST, way_out(self.app)))
+        """The result of a request, or of an opaque connection with the same bytes: its status
+        (None: closed without a response), and its Proxy-Status."""
+        peer = await connect(Address(HOST, outbound_port(self.app)))
         await peer.send(SECRET)
         if self.how == "opaque":
             answer = b""
@@ -58,14 +58,14 @@ class Scene:
         return message.status, message.get(b"proxy-status") or b""
 
     async def say(self, *services: dict[str, Any], **top: Any) -> str:
-        """The directory says this now; what became of it."""
+        """Publish this directory. Returns the result of its load."""
         before = {result: self.reloads(result) for result in ("ok", "refused", "error")}
         self.fleet.direct({"services": list(services), **top}, "web")
         await until(lambda: any(self.reloads(result) > count for result, count in before.items()))
         return next(result for result, count in before.items() if self.reloads(result) > count)
 
     async def ask_until(self, done: Callable[[int | None], bool]) -> None:
-        """Repeat the request until it gets this answer: after refused TLS, the circuit breaker is
+        """Repeat the request until it gets this response: after refused TLS, the circuit breaker is
         open for about a second."""
         with trio.fail_after(30):
             while not done((await self.ask())[0]):  # noqa: ASYNC110  (it is asked, which is no event)
@@ -92,7 +92,7 @@ def shop(port: int, identity: bool = True, name: str = "shop", host: str = POD) 
     }
     at_once = {
         "queue": {"timeout": 0}
-    }  # the listener ends no handshake, so that a request to it fails; it need not wait for that
+    }  # the listener completes no handshake, so a request to it fails; the wait can be short
     service = {
         "name": name,
         "addresses": [f"10.96.0.{len(name)}"],
@@ -116,12 +116,12 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     """The application's connections go to `to`: "pod" or "service". All services have identities at
     first."""
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def listener(stream: trio.SocketStream) -> None:
         data = await stream.receive_some()
         while data:
-            heard.append(bytes(data))
+            received.append(bytes(data))
             if data[:1] == HANDSHAKE:
                 return
             await stream.send_all(OK)
@@ -146,7 +146,7 @@ async def scene(
         }
         document = {"services": [shop(port, identity), *others(port)]}
         app = await stack.enter_async_context(fleet.running("web", document, **settings))
-        yield Scene(fleet, app, heard, port, how)
+        yield Scene(fleet, app, received, port, how)
 
 
 @HOW
@@ -156,19 +156,20 @@ async def test_an_address_that_has_left_the_directory_gets_no_clear_text(
 ) -> None:
     async with scene(tmp_path, how, to) as made:
         await made.ask()
-        assert {data[:1] for data in made.heard} == {HANDSHAKE}
-        made.heard.clear()
+        assert {data[:1] for data in made.received} == {HANDSHAKE}
+        made.received.clear()
         assert await made.say(*others(made.port)) == "ok"
         for _ in range(2):
             status, words = await made.ask()
             assert status == (None if how == "opaque" else 502)
             assert how == "opaque" or b"error=destination_ip_prohibited" in words
-        assert made.heard == []
+        assert made.received == []
         assert made.refusals() == 2
         made.app.observe()
-        assert (
-            made.app.metrics.registry.get_sample_value("isthmus_former_identities") == 2
-        )  # the pod, and the cluster address
+        value = made.app.metrics.registry.get_sample_value
+        assert value("isthmus_former_identities") == 2  # the pod, and the cluster address
+        for kind, count in (("service", 1), ("endpoint", 1), ("identity", 0)):
+            assert value("isthmus_directory_identity_losses_total", {"kind": kind}) == count
 
 
 @HOW
@@ -178,15 +179,15 @@ async def test_an_address_that_comes_back_without_an_identity_gets_none_either(
     async with scene(tmp_path, how, "service") as made:
         await made.ask()
         assert await made.say(*others(made.port)) == "ok"
-        made.heard.clear()
+        made.received.clear()
         assert await made.say(shop(made.port, identity=False), *others(made.port)) == "ok"
         await made.ask_until(lambda _: made.refusals() > 0)
-        assert made.heard == []
+        assert made.received == []
 
 
 @HOW
 @pytest.mark.parametrize("left", ["nothing", "no identity"])
-async def test_a_directory_that_would_let_it_out_is_refused_and_the_old_one_stays(
+async def test_a_directory_that_would_allow_clear_text_is_refused_and_the_old_one_stays(
     tmp_path: Path, left: str, how: str
 ) -> None:
     async with scene(tmp_path, how, "service") as made:
@@ -196,17 +197,17 @@ async def test_a_directory_that_would_let_it_out_is_refused_and_the_old_one_stay
         assert await made.say(*services) == "refused"
         for _ in range(2):
             await made.ask()
-        assert made.heard
-        assert {data[:1] for data in made.heard} == {HANDSHAKE}
+        assert made.received
+        assert {data[:1] for data in made.received} == {HANDSHAKE}
 
 
 @HOW
-async def test_what_the_file_allows_goes_over_to_clear_text_at_once(
+async def test_a_change_that_the_file_allows_moves_to_clear_text_at_once(
     tmp_path: Path, how: str
 ) -> None:
     async with scene(tmp_path, how, "service") as made:
         await made.ask()
-        made.heard.clear()
+        made.received.clear()
         assert (
             await made.say(
                 shop(made.port, identity=False),
@@ -216,7 +217,7 @@ async def test_what_the_file_allows_goes_over_to_clear_text_at_once(
             == "ok"
         )
         await made.ask_until(lambda status: status == 200)
-        assert made.heard == [SECRET] or made.heard[0].startswith(b"GET / HTTP/1.1\r\n")
+        assert made.received == [SECRET] or made.received[0].startswith(b"GET / HTTP/1.1\r\n")
 
 
 @HOW
@@ -227,7 +228,7 @@ async def test_after_the_time_that_is_set_an_unknown_address_is_itself_again(
     async with scene(tmp_path, how, "pod", remember=remember) as made:
         assert await made.say(*others(made.port)) == "ok"
         await made.ask_until(lambda status: status == 200)
-        assert made.heard[-1].startswith(b"GET / HTTP/1.1\r\n")
+        assert made.received[-1].startswith(b"GET / HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("how", ["fast", "ordinary"])
@@ -239,15 +240,15 @@ async def test_a_connection_that_was_kept_from_before_the_identity_is_not_used_a
         assert made.app.outbound_pools.counts() == (0, 1)
         assert await made.say(shop(made.port), *others(made.port)) == "ok"
         assert await made.say(*others(made.port)) == "ok"
-        made.heard.clear()
+        made.received.clear()
         assert (await made.ask())[0] == 502
-        assert made.heard == []
+        assert made.received == []
 
 
 @pytest.mark.parametrize("own", [False, True])
 async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path, own: bool) -> None:
-    """Its own sidecar is told that it has left, as it is when the pod is going down; what goes
-    there leaves no pod."""
+    """Its own sidecar learns that it has left, as during the shutdown of the pod. This traffic does
+    not leave the pod."""
     fleet, gone = Fleet(tmp_path), shop(80, name="gone", host="10.1.0.1")
     pod = {"addresses": ["10.1.0.1" if own else "10.1.0.2"]}
     async with fleet.running("web", {"services": [gone, *others(80)]}, pod=pod) as app:
@@ -263,17 +264,17 @@ async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path, own:
 
 
 async def test_a_gateway_lets_nothing_out_either(tmp_path: Path) -> None:
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def listener(stream: trio.SocketStream) -> None:
-        heard.append(bytes(await stream.receive_some()))
+        received.append(bytes(await stream.receive_some()))
 
     fleet = Fleet(tmp_path)
     async with application(listener, POD) as port:
         exported = {**shop(port), "export": True}
         document = {"services": [exported, *others(port)]}
         async with fleet.running("gateway", document, gateway={**LISTEN, "enabled": True}) as gate:
-            made = Scene(fleet, gate, heard, port, "fast")
+            made = Scene(fleet, gate, received, port, "fast")
             gate_directory = {
                 "services": [{**shop(port, identity=False), "export": True}, *others(port)]
             }
@@ -290,4 +291,4 @@ async def test_a_gateway_lets_nothing_out_either(tmp_path: Path) -> None:
             await trio.aclose_forcefully(stream)
             assert answer.startswith(b"HTTP/1.1 502")
             assert b"error=destination_ip_prohibited" in answer
-            assert heard == []
+            assert received == []

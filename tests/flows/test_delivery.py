@@ -2,10 +2,9 @@
 west's sidecar -> two endpoints' sidecars.
 
 The rules: where a verified sidecar could not connect to its application, the endpoint counts as one
-that cannot be connected to, and another one gets the request, whatever its method. Where the
+that refuses connections, and another one gets the request, whatever its method. Where the
 application has closed, it counts as a server that closes. No application, and no peer without a
-verified identity, can say either, and no client is shown how it is said.
-"""
+verified identity, can make these reports, and clients do not see them."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ import trio
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Application, Fleet, application, way_in, way_out
+from tests.kit.apps import HOST, Application, Fleet, application, inbound_port, outbound_port
 from tests.kit.clusters import LISTEN, east_directory, west_directory
 from tests.kit.http import GET, Message, Peer, connect, until
 from tests.kit.http2_peers import OK, POST, Answer, Peer2, reserve, speaking
@@ -47,10 +46,10 @@ def post(body: bytes, chunked: bool = False) -> bytes:
 
 @dataclass
 class Server:
-    """An application of HTTP/1: it answers by `answer`; None: it closes without one."""
+    """An HTTP/1 application. `answer` gives the response; None: it closes without one."""
 
     answer: Callable[[Message], bytes | None]
-    heard: list[Message] = field(default_factory=list)
+    received: list[Message] = field(default_factory=list)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         peer = Peer(stream.socket)
@@ -59,7 +58,7 @@ class Server:
                 request = await peer.request()
             except Exception:
                 return
-            self.heard.append(request)
+            self.received.append(request)
             said = self.answer(request)
             if said is None:
                 return
@@ -80,11 +79,11 @@ class Shop:
     clients: list[Peer] = field(default_factory=list)
 
     async def client(self) -> Peer:
-        self.clients.append(await connect(Address(HOST, way_out(self.west))))
+        self.clients.append(await connect(Address(HOST, outbound_port(self.west))))
         return self.clients[-1]
 
     def count(self, name: str) -> float:
-        """The sum of a metric's series; `name` is a beginning of their lines."""
+        """The sum of a metric's series; `name` is the start of their lines."""
         found = re.findall(
             rf"^isthmus_{name}.* ([0-9.e+]+)$", self.west.render().decode(), re.MULTILINE
         )
@@ -122,7 +121,7 @@ async def shop(
                     fleet.running(f"server{number}", inbound=inbound, fast_path=fast)
                 )
             )
-            ports.append(way_in(sidecars[-1]))
+            ports.append(inbound_port(sidecars[-1]))
         endpoints = [
             {
                 "address": f"127.0.1.{number + 1}",
@@ -174,10 +173,10 @@ async def test_an_endpoint_whose_application_is_away_counts_as_one_that_cannot_b
             answer = await client.ask(post(b"%d" % number + body, chunked), "POST")
             assert (answer.status, answer.body) == (200, b"%d" % number + body)
             assert answer.get(FIELD) is None
-        assert [message.body for message in server.heard] == [
+        assert [message.body for message in server.received] == [
             b"%d" % number + body for number in range(20)
         ], "each of them once"
-        assert world.opened == 1, "the endpoint has failed once, and is left alone"
+        assert world.opened == 1, "the endpoint has failed once, and its circuit is open"
 
 
 @BOTH_PATHS
@@ -195,20 +194,20 @@ async def test_a_body_that_is_too_long_to_be_kept_is_not_sent_again(
         seen = [(await ask(world, post(bytes(300_000)))).status for _ in range(20)]
         assert set(seen) <= {200, 502}
         assert seen.count(502) <= 1
-        assert len(server.heard) == seen.count(200)
+        assert len(server.received) == seen.count(200)
 
 
 def speaking2(
-    respond: Callable[[Answer], list[tuple[bytes, bytes]]], heard: list[bytes]
+    respond: Callable[[Answer], list[tuple[bytes, bytes]]], received: list[bytes]
 ) -> Application:
-    """An application of HTTP/2 that answers each request with a head and its own body."""
+    """An HTTP/2 application that answers each request with a head and its own body."""
 
     async def script(peer: Peer2) -> None:
         while True:
             number = (await peer.next(h2.events.StreamEnded)).stream_id
             assert number is not None
             message = peer.messages[number]
-            heard.append(message.body)
+            received.append(message.body)
             peer.h2.send_headers(number, respond(message))
             await peer.send(number, message.body, end=True)
 
@@ -223,8 +222,8 @@ def speaking2(
 async def test_streams_of_http2_go_to_another_endpoint_too(
     tmp_path: Path, fast: bool, client: str
 ) -> None:
-    heard: list[bytes] = []
-    alive = speaking2(lambda _: OK, heard)
+    received: list[bytes] = []
+    alive = speaking2(lambda _: OK, received)
     policy = {"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}
     async with shop(tmp_path, None, alive, fast=fast, protocol="http2", policy=policy) as world:
         peer2 = Peer2(await world.client(), client=True)
@@ -240,7 +239,7 @@ async def test_streams_of_http2_go_to_another_endpoint_too(
                 )
             else:
                 assert (await ask(world, post(b"%d" % number))).body == b"%d" % number
-        assert heard == [b"%d" % number for number in range(20)]
+        assert received == [b"%d" % number for number in range(20)]
         assert world.opened == 1
 
 
@@ -270,18 +269,18 @@ async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_
         await speaking(script)(Peer(stream.socket))
 
     async with shop(tmp_path, None, serve, fast=fast, protocol="http2") as world:
-        address = Address(HOST, way_out(world.west))
+        address = Address(HOST, outbound_port(world.west))
         assert [await trio.to_thread.run_sync(call, address) for _ in range(10)] == ["OK"] * 10
     async with shop(
         tmp_path, None, None, fast=fast, protocol="http2", policy={"queue": {"timeout": "0s"}}
     ) as world:
-        said = await trio.to_thread.run_sync(call, Address(HOST, way_out(world.west)))
+        said = await trio.to_thread.run_sync(call, Address(HOST, outbound_port(world.west)))
         assert said.startswith("UNAVAILABLE connection_refused: ")
         assert FIELD.decode() not in said
 
 
 @BOTH_PATHS
-async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_said(
+async def test_without_another_endpoint_the_client_gets_the_error_of_the_sidecar(
     tmp_path: Path, fast: bool
 ) -> None:
     async with shop(tmp_path, None, fast=fast, policy={"queue": {"timeout": "0s"}}) as world:
@@ -292,7 +291,7 @@ async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_sai
             if answer.status == 502:
                 said = answer.get(b"proxy-status") or b""
                 assert said.startswith(b"server0.default.inbound;error=connection_refused;"), (
-                    "who noticed it comes first"
+                    "the proxy that detected it comes first"
                 )
                 assert b", west.default.outbound;error=connection_refused;" in said
 
@@ -315,11 +314,11 @@ async def test_a_request_waits_for_the_only_endpoint_while_its_application_resta
         async with listening(world.gone[0], server.serve):
             await until(lambda: len(statuses) == 40)
         assert statuses == [200] * 40
-        assert len(server.heard) == 40
+        assert len(server.received) == 40
 
 
 @BOTH_PATHS
-async def test_an_application_cannot_say_that_it_was_not_reached(
+async def test_an_application_cannot_claim_that_it_was_not_reached(
     tmp_path: Path, fast: bool
 ) -> None:
     lie = (
@@ -332,15 +331,15 @@ async def test_an_application_cannot_say_that_it_was_not_reached(
             answer = await ask(world, post(b"%d" % number))
             assert answer.status in (200, 502)
             assert answer.get(FIELD) is None
-        assert len(liar.heard) + len(honest.heard) == 20, "each was sent once"
-        assert liar.heard
+        assert len(liar.received) + len(honest.received) == 20, "each was sent once"
+        assert liar.received
         assert world.opened <= 1, "as it would be by its statuses"
 
 
 @BOTH_PATHS
-async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast: bool) -> None:
-    heard: list[bytes] = []
-    liar = speaking2(lambda _: [(b":status", b"503"), (FIELD, b"connect_refused")], heard)
+async def test_an_application_of_http2_cannot_claim_it_either(tmp_path: Path, fast: bool) -> None:
+    received: list[bytes] = []
+    liar = speaking2(lambda _: [(b":status", b"503"), (FIELD, b"connect_refused")], received)
     async with shop(
         tmp_path, liar, liar, fast=fast, protocol="http2", policy={"breaker": {"failures": 0}}
     ) as world:
@@ -349,12 +348,12 @@ async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast
         for number in range(10):
             answer = await client.ask(POST, b"%d" % number)
             assert (answer.status, answer.get(FIELD)) == (503, None)
-        assert heard == [b"%d" % number for number in range(10)]
+        assert received == [b"%d" % number for number in range(10)]
         assert not world.opened
 
 
 @BOTH_PATHS
-async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_passed_on(
+async def test_a_claim_of_a_peer_without_an_identity_is_ignored_and_not_forwarded(
     tmp_path: Path, fast: bool
 ) -> None:
     lie = (
@@ -374,11 +373,11 @@ async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_pa
         async with fleet.running(
             "west", {"services": [service]}, outbound=outbound, fast_path=fast
         ) as west:
-            client = await connect(Address(HOST, way_out(west)))
+            client = await connect(Address(HOST, outbound_port(west)))
             for number in range(3):
                 answer = await client.ask(post(b"%d" % number), "POST")
                 assert (answer.status, answer.body, answer.get(FIELD)) == (502, b"no", None)
-            assert len(liar.heard) == 3
+            assert len(liar.received) == 3
             client.close()
 
 
@@ -387,28 +386,28 @@ async def test_a_client_without_an_identity_is_not_shown_the_field(
     tmp_path: Path, fast: bool
 ) -> None:
     async with shop(tmp_path, None, fast=fast) as world:
-        client = await connect(Address("127.0.1.1", way_in(world.sidecars[0])))
+        client = await connect(Address("127.0.1.1", inbound_port(world.sidecars[0])))
         answer = await client.ask(GET)
         assert (answer.status, answer.get(FIELD)) == (502, None)
         client.close()
 
 
 @BOTH_PATHS
-async def test_an_application_that_closes_without_an_answer_is_asked_again_as_a_plain_server_is(
+async def test_an_application_that_closes_without_a_response_is_retried_like_a_plain_server(
     tmp_path: Path, fast: bool
 ) -> None:
     closing, one, two = Server(lambda _: None), Server(well), Server(well)
     async with shop(tmp_path, closing.serve, one.serve, two.serve, fast=fast) as world:
         client = await world.client()
         assert [(await client.ask()).status for _ in range(100)] == [200] * 100
-        assert closing.heard
+        assert closing.received
         client.close()
         posts = [(await ask(world, post(b"hello"))).status for _ in range(30)]
-        assert set(posts) <= {200, 502}, "what is not idempotent is not repeated"
+        assert set(posts) <= {200, 502}, "what is not idempotent is not retried"
 
 
 async def banner(stream: trio.SocketStream) -> None:
-    """An application that speaks first, and then says everything again."""
+    """An application that sends first, and then echoes everything."""
     with contextlib.suppress(trio.BrokenResourceError):
         await stream.send_all(b"220 ready\r\n")
         async for piece in stream:
@@ -443,7 +442,7 @@ async def test_an_opaque_connection_waits_for_the_only_endpoint_while_its_applic
 
 
 @pytest.mark.parametrize("alpn", ["isthmus-tcp", "isthmus-tcp-confirmed"])
-async def test_a_peer_is_told_that_the_application_is_connected_if_it_knows_how(
+async def test_a_peer_that_supports_it_gets_the_news_that_the_application_is_connected(
     tmp_path: Path, alpn: str
 ) -> None:
     fleet = Fleet(tmp_path)
@@ -462,7 +461,7 @@ async def test_a_peer_is_told_that_the_application_is_connected_if_it_knows_how(
 
 
 async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_path: Path) -> None:
-    """A sidecar of an earlier version: it knows the older name only."""
+    """A sidecar of an earlier version: it knows only the older name."""
     fleet = Fleet(tmp_path)
     old = fleet.material("server")
     context = ssl.create_default_context(
@@ -488,7 +487,7 @@ async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_
         }
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
         async with fleet.running("west", {"services": [service]}, outbound=outbound) as west:
-            client = await connect(Address(HOST, way_out(west)))
+            client = await connect(Address(HOST, outbound_port(west)))
             assert await client.until(b"\n") == b"220 ready\r\n"
             client.close()
 
@@ -514,7 +513,7 @@ async def refusing(stream: trio.SocketStream) -> None:
 
 
 @BOTH_PATHS
-async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(
+async def test_uploads_that_are_refused_early_fail_no_request_of_another_client(
     tmp_path: Path, fast: bool
 ) -> None:
     statuses: list[int] = []
@@ -541,9 +540,9 @@ async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(
 
 def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
     """West's directory, with east's two gateways."""
-    document = west_directory(way_in(first))
+    document = west_directory(inbound_port(first))
     gateways = [
-        {"address": HOST, "port": way_in(app), "identity": fleet.identity(name)}
+        {"address": HOST, "port": inbound_port(app), "identity": fleet.identity(name)}
         for name, app in (("gateway", first), ("second", second))
     ]
     document["clusters"][0]["gateways"] = gateways
@@ -555,7 +554,7 @@ def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
 async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(
     tmp_path: Path, fast: bool, cut: str
 ) -> None:
-    """One of east's gateways knows an endpoint whose application, or whose sidecar, is away."""
+    """One of east's gateways has an endpoint whose application, or whose sidecar, is away."""
     server, fleet = Server(well), Fleet(tmp_path)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -579,7 +578,7 @@ async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(
         )
         settings = {**LISTEN, "enabled": True}
         patience = {"policy": {"queue": {"timeout": "0s"}}}
-        way = way_in(alone) if cut == "application" else address.port
+        way = inbound_port(alone) if cut == "application" else address.port
         first = await enter(
             fleet.running(
                 "gateway", east_directory(way, **patience), gateway=settings, fast_path=fast
@@ -587,7 +586,7 @@ async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(
         )
         second = await enter(
             fleet.running(
-                "second", east_directory(way_in(well_off)), gateway=settings, fast_path=fast
+                "second", east_directory(inbound_port(well_off)), gateway=settings, fast_path=fast
             )
         )
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}  # of `db`, which is east's `c`
@@ -601,14 +600,14 @@ async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(
                 fast_path=fast,
             )
         )
-        client = await connect(Address(HOST, way_out(west)))
+        client = await connect(Address(HOST, outbound_port(west)))
         for number in range(10):
             answer = await client.ask(post(b"%d" % number), "POST")
             assert (answer.status, answer.body, answer.get(FIELD)) == (200, b"%d" % number, None)
-        assert len(server.heard) == 10
+        assert len(server.received) == 10
         assert (
             b'isthmus_errors_total{direction="gateway",reason="connect_refused"}' in first.render()
-        ), "it was asked"
+        ), "it got the request"
         client.close()
 
 

@@ -4,8 +4,7 @@ half-closed client gets its response.
 Rules: whole proxies on loopback: a server's sidecar by itself, a pair with mutual TLS between them,
 and two clusters with a gateway; on the fast path and on the ordinary one. Clients leave in three
 ways: by RST, by close(2), and by shutdown(2), which looks the same as close(2) until something is
-sent to them. `AT_ONCE` is far below all timeouts, and above what a busy machine needs.
-"""
+sent to them. `AT_ONCE` is far below all timeouts, and above what a busy machine needs."""
 
 from __future__ import annotations
 
@@ -17,17 +16,18 @@ from pathlib import Path
 from typing import Literal
 
 import h2.errors
+import h2.events
 import pytest
 import trio
 
 from proxy.app import App
 from proxy.net.address import Address
 from proxy.net.disconnects import Disconnects
-from tests.kit.apps import HOST, Fleet, application, way_in, way_out
-from tests.kit.clusters import clusters
-from tests.kit.http import Peer, connect, until
+from tests.kit.apps import HOST, Fleet, application, inbound_port, outbound_port
+from tests.kit.clusters import LISTEN, clusters
+from tests.kit.http import Peer, connect, origin, until
 from tests.kit.http2_peers import GET as GET2
-from tests.kit.http2_peers import Peer2
+from tests.kit.http2_peers import OK, Peer2, speaking
 
 AT_ONCE = 1.0
 EVER = 30.0
@@ -49,8 +49,8 @@ PHASES = {
 
 
 @dataclass
-class Heard:
-    """A connection that the application got: what came on it, and how it ended."""
+class AppConnection:
+    """A connection that the application got: its bytes, and how it ended."""
 
     stream: trio.SocketStream
     data: bytes = b""
@@ -60,43 +60,44 @@ class Heard:
 
 @dataclass
 class Application:
-    """A server that says `first` to each request, and `then` when it is told to; it notices the end
-    of a connection while it is quiet. `ends`: it closes its connection then, as many servers do."""
+    """A server that sends `first` for each request, and `then` when the test says so. It notices
+    the end of a connection while it is idle. `ends`: then it closes its connection, as many servers
+    do."""
 
     first: bytes
     then: bytes = b""
     ends: bool = False
-    connections: list[Heard] = field(default_factory=list)
+    connections: list[AppConnection] = field(default_factory=list)
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        heard = Heard(stream)
-        self.connections.append(heard)
+        received = AppConnection(stream)
+        self.connections.append(received)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._answer, heard)
+            nursery.start_soon(self._answer, received)
             try:
                 while data := await stream.receive_some():
-                    heard.data += data
-                heard.ended = "end"
+                    received.data += data
+                received.ended = "end"
             except trio.BrokenResourceError:
-                heard.ended = "reset"
+                received.ended = "reset"
             if self.ends:
                 nursery.cancel_scope.cancel()
 
-    async def _answer(self, heard: Heard) -> None:
+    async def _answer(self, received: AppConnection) -> None:
         with suppress(trio.BrokenResourceError):
-            await until(lambda: b"\r\n\r\n" in heard.data or bool(heard.ended), EVER)
+            await until(lambda: b"\r\n\r\n" in received.data or bool(received.ended), EVER)
             if self.first:
-                await heard.stream.send_all(self.first)
-            await heard.go_on.wait()
-            await heard.stream.send_all(self.then)
+                await received.stream.send_all(self.first)
+            await received.go_on.wait()
+            await received.stream.send_all(self.then)
 
-    async def asked(self, what: bytes = b"\r\n\r\n") -> Heard:
+    async def asked(self, what: bytes = b"\r\n\r\n") -> AppConnection:
         await until(lambda: bool(self.connections) and what in self.connections[-1].data, EVER)
         return self.connections[-1]
 
-    async def told(self, heard: Heard) -> None:
-        """The end of the client is known."""
-        await until(lambda: bool(heard.ended), AT_ONCE)
+    async def saw_end(self, received: AppConnection) -> None:
+        """Wait until the client's end is known."""
+        await until(lambda: bool(received.ended), AT_ONCE)
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Clients:
 async def proxied(
     shape: Shape, folder: Path, serve: Application, *, fast: bool = True
 ) -> AsyncIterator[tuple[Clients, list[App]]]:
-    """How a client connects, and the proxies on its way."""
+    """A function that connects a client, and the proxies on its path."""
     async with _proxied(shape, folder, serve, fast=fast) as (address, apps):
         clients = Clients(address)
         try:
@@ -131,25 +132,25 @@ async def _proxied(
 ) -> AsyncIterator[tuple[Address, list[App]]]:
     if shape == "gateway":
         async with clusters(folder, serve.serve) as all_:
-            yield Address(HOST, way_out(all_.west)), [all_.west, all_.gateway, all_.server]
+            yield Address(HOST, outbound_port(all_.west)), [all_.west, all_.gateway, all_.server]
         return
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     async with application(serve.serve) as port:
         inbound = {**listen, "fixed_destination": f"{HOST}:{port}"}
         async with fleet.running("server", inbound=inbound, fast_path=fast) as server:
             if shape == "server":
-                yield Address(HOST, way_in(server)), [server]
+                yield Address(HOST, inbound_port(server)), [server]
                 return
             endpoint = {"address": HOST, "identity": fleet.identity("server")}
-            ports = [{"port": way_in(server), "protocol": "detect"}]
+            ports = [{"port": inbound_port(server), "protocol": "detect"}]
             services = [
                 {"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}
             ]
-            outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
+            outbound = {**listen, "fixed_destination": f"10.96.0.1:{inbound_port(server)}"}
             async with fleet.running(
                 "client", {"services": services}, outbound=outbound, fast_path=fast
             ) as client:
-                yield Address(HOST, way_out(client)), [client, server]
+                yield Address(HOST, outbound_port(client)), [client, server]
 
 
 HOSTS = {"server": b"a", "pair": b"a", "gateway": b"c.east"}
@@ -188,21 +189,21 @@ def counted(apps: list[App], reason: str) -> int:
         ("pair", True, False), ("pair", False, False), ("gateway", True, False),
     ],
 )  # fmt: skip
-async def test_the_server_hears_of_it_while_it_is_quiet(
+async def test_the_server_sees_the_disconnect_while_it_is_idle(
     tmp_path: Path, shape: Shape, way: Way, phase: str, *, fast: bool, later: bool
 ) -> None:
     serve = Application(PHASES[phase])
     async with proxied(shape, tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
         await client.send(request(shape))
-        heard = await serve.asked()
+        received = await serve.asked()
         if PHASES[phase]:
             await client.until(b"hello")
         if later:
             await trio.sleep(LATER)
         await leave(client, way)
-        await serve.told(heard)
-        assert len(serve.connections) == 1, "it was asked once"
+        await serve.saw_end(received)
+        assert len(serve.connections) == 1, "it was sent once"
         if way == "reset":
             await until(lambda: counted(apps, "client_gone") >= 1)
 
@@ -214,16 +215,16 @@ async def test_the_server_hears_of_it_while_it_is_quiet(
 async def test_a_half_closed_client_gets_its_response_however_late(
     tmp_path: Path, shape: Shape, *, fast: bool
 ) -> None:
-    """The server has heard of its end, and has gone on. Its connection is not used again."""
+    """The server has seen its end, and has continued. Its connection is not used again."""
     serve = Application(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     async with proxied(shape, tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
         await client.send(request(shape))
         await leave(client, "shutdown")
-        heard = await serve.asked()
-        await serve.told(heard)
+        received = await serve.asked()
+        await serve.saw_end(received)
         await trio.sleep(2 * LATER)
-        heard.go_on.set()
+        received.go_on.set()
         answer = await client.response()
         assert (answer.status, answer.body) == (200, b"ok")
         assert await client.more() == b""
@@ -238,20 +239,20 @@ async def test_a_half_closed_client_gets_its_response_however_late(
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("way", ["close", "reset"])
-async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(
+async def test_a_write_to_a_client_that_has_closed_ends_the_exchange(
     tmp_path: Path, way: Way, *, fast: bool
 ) -> None:
-    """A server that takes no notice of the end, until it writes."""
+    """A server that does not notice the end until it writes."""
     piece = b"5\r\nhello\r\n"
     serve = Application(PHASES["next chunk"], piece * 3)
     async with proxied("pair", tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
         await client.send(request("pair"))
-        heard = await serve.asked()
+        received = await serve.asked()
         await client.until(b"hello")
         await leave(client, way)
-        await serve.told(heard)
-        heard.go_on.set()
+        await serve.saw_end(received)
+        received.go_on.set()
         for app in apps:
             await until(lambda app=app: app.outbound.open + app.inbound.open == 0, EVER)  # type: ignore[misc]
         assert counted(apps, "client_gone") >= 1
@@ -259,7 +260,7 @@ async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not_blamed(
+async def test_a_server_that_then_ends_its_connection_is_not_retried_and_not_counted_as_failed(
     tmp_path: Path, phase: str, *, fast: bool
 ) -> None:
     serve = Application(PHASES[phase], ends=True)
@@ -289,14 +290,14 @@ async def test_a_client_that_is_reset_within_its_upload(
     async with proxied(shape, tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
         await client.send(request(shape, b"POST", b"Content-Length: 1000", body=b"beginning"))
-        heard = await serve.asked(b"beginning")
+        received = await serve.asked(b"beginning")
         await leave(client, "reset")
-        await serve.told(heard)
+        await serve.saw_end(received)
         await until(lambda: counted(apps, "client_gone") >= 1)
 
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
-async def test_a_client_that_half_closes_behind_its_upload(tmp_path: Path, *, fast: bool) -> None:
+async def test_a_client_that_half_closes_after_its_upload(tmp_path: Path, *, fast: bool) -> None:
     serve = Application(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     async with proxied("pair", tmp_path, serve, fast=fast) as (dial, _):
         client = await dial()
@@ -304,14 +305,14 @@ async def test_a_client_that_half_closes_behind_its_upload(tmp_path: Path, *, fa
         await serve.asked()
         await client.send(bytes(99_996) + b"last")
         await leave(client, "shutdown")
-        heard = await serve.asked(b"last")
-        await serve.told(heard)
-        heard.go_on.set()
+        received = await serve.asked(b"last")
+        await serve.saw_end(received)
+        received.go_on.set()
         assert (await client.response()).body == b"ok"
 
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
-async def test_a_client_that_half_closes_behind_several_requests(
+async def test_a_client_that_half_closes_after_several_requests(
     tmp_path: Path, *, fast: bool
 ) -> None:
     """The first is answered on a connection that stays open: there is more to come."""
@@ -321,10 +322,10 @@ async def test_a_client_that_half_closes_behind_several_requests(
         await client.send(request("server") * 2)
         await leave(client, "shutdown")
         assert (await client.response()).body == b"ok"
-        heard = serve.connections[0]
-        await until(lambda: heard.data.count(b"\r\n\r\n") == 2 or len(serve.connections) == 2)
+        received = serve.connections[0]
+        await until(lambda: received.data.count(b"\r\n\r\n") == 2 or len(serve.connections) == 2)
         if len(serve.connections) == 1:
-            await heard.stream.send_all(serve.first)
+            await received.stream.send_all(serve.first)
         assert (await client.response()).body == b"ok"
 
 
@@ -339,26 +340,26 @@ async def test_a_stream_that_its_client_resets_ends_at_an_http1_server(
         inbound = {**listen, "fixed_destination": f"{HOST}:{port}"}
         async with fleet.running("server", inbound=inbound, fast_path=fast) as server:
             endpoint = {"address": HOST, "identity": fleet.identity("server")}
-            ports = [{"port": way_in(server), "protocol": "http1"}]
+            ports = [{"port": inbound_port(server), "protocol": "http1"}]
             services = [
                 {"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}
             ]
-            outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
+            outbound = {**listen, "fixed_destination": f"10.96.0.1:{inbound_port(server)}"}
             async with fleet.running(
                 "client", {"services": services}, outbound=outbound, fast_path=fast
             ) as app:
-                peer = await connect(Address(HOST, way_out(app)))
+                peer = await connect(Address(HOST, outbound_port(app)))
                 client = Peer2(peer, client=True)
                 await client.start()
                 number = await client.request(GET2)
-                heard = await serve.asked()
+                received = await serve.asked()
                 await client.reset(number, h2.errors.ErrorCodes.CANCEL)
-                await serve.told(heard)
+                await serve.saw_end(received)
                 await until(lambda: counted([server], "client_gone") == 1)
                 peer.close()
 
 
-async def test_whoever_is_forgotten_is_not_told(tmp_path: Path) -> None:
+async def test_a_removed_watcher_is_not_called(tmp_path: Path) -> None:
     told: list[tuple[str, bool]] = []
     disconnects = Disconnects().open()
 
@@ -378,8 +379,8 @@ async def test_whoever_is_forgotten_is_not_told(tmp_path: Path) -> None:
             disconnects.watch(ours.fileno(), forgotten if name == "forgotten" else tell(name))
         disconnects.forget(
             ends["forgotten"][0].fileno(), tell("forgotten")
-        )  # not the one that was given
-        ends["open"][1].send(b"data wakes nobody")
+        )  # not the one that was passed
+        ends["open"][1].send(b"data wakes no task")
         ends["fails"][1].close()
         await until(lambda: len(told) == 1)
         disconnects.forget(ends["forgotten"][0].fileno(), forgotten)
@@ -392,3 +393,43 @@ async def test_whoever_is_forgotten_is_not_told(tmp_path: Path) -> None:
     for pair in ends.values():
         for end in pair:
             end.close()
+
+
+@pytest.mark.parametrize("fast", BOTH_PATHS)
+@pytest.mark.parametrize("begun", [False, True], ids=["before the head", "behind the head"])
+async def test_an_http1_client_that_resets_its_connection_cancels_the_stream_of_an_http2_server(
+    tmp_path: Path, begun: bool, fast: bool
+) -> None:
+    servers: list[Peer2] = []
+
+    async def script(peer: Peer2) -> None:
+        servers.append(peer)
+        await peer.next(h2.events.StreamEnded)
+        if begun:
+            peer.h2.send_headers(1, OK)
+            peer.h2.send_data(1, b"half")
+            await peer.flush()
+        while True:
+            await peer.read()
+
+    async with origin(speaking(script)) as up:
+        shop = {
+            "name": "shop",
+            "addresses": ["192.0.2.7"],
+            "ports": [{"port": 80, "protocol": "http2"}],
+            "endpoints": [{"address": HOST, "ports": {"80": up.address.port}}],
+        }
+        async with Fleet(tmp_path).running(
+            "west",
+            {"services": [shop]},
+            outbound={**LISTEN, "fixed_destination": "192.0.2.7:80"},
+            fast_path=fast,
+        ) as proxy:
+            client = await connect(Address(HOST, outbound_port(proxy)))
+            await client.send(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")
+            await until(lambda: bool(servers and servers[0].ended), EVER)
+            if begun:
+                await client.until(b"half")
+            client.reset()
+            await until(lambda: servers[0].messages[1].reset is not None, AT_ONCE)
+            assert servers[0].messages[1].reset == h2.errors.ErrorCodes.CANCEL

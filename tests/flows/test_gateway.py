@@ -1,10 +1,8 @@
 """The gateway, between whole proxies: west's sidecar -> east's gateway -> the sidecar of `c` in
 east -> an application.
 
-It serves identities that are on its list, names that are exported, and endpoints of its own
-cluster, and nothing else. Who the caller is gets to the application, whatever anybody writes into a
-header.
-"""
+It serves only identities that are on its list, names that are exported, and endpoints of its own
+cluster. The application gets the caller's identity, whatever any header contains."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ import trio
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, way_in
+from tests.kit.apps import HOST, Fleet, inbound_port
 from tests.kit.clusters import Clusters, ask, clusters
 from tests.kit.http import Message, connect, until
 from tests.kit.http2_peers import Peer2
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    """A server that speaks first, and then says everything again."""
+    """A server that sends first, and then echoes everything."""
     await stream.send_all(b"220 ready\r\n")
     async for piece in stream:
         await stream.send_all(piece)
@@ -35,7 +33,7 @@ async def ask_over(stream: trio.SSLStream[trio.SocketStream]) -> bytes:
     return bytes(await stream.receive_some())
 
 
-def said(message: Message, name: str) -> list[str]:
+def field_values(message: Message, name: str) -> list[str]:
     """The values of a field in the head that the application got."""
     lines = [line.partition(": ") for line in message.body.decode("latin-1").split("\r\n")]
     return [value for field, _, value in lines if field.lower() == name]
@@ -48,22 +46,22 @@ async def test_a_request_by_name_gets_to_the_other_cluster_under_its_name_there(
         answer = await all_.ask("c.east")
     assert answer.status == 200
     assert answer.body.startswith(b"GET /path?x=1 HTTP/1.1")
-    assert said(answer, "host") == ["c.default.svc.cluster.local"]
+    assert field_values(answer, "host") == ["c.default.svc.cluster.local"]
 
 
 @pytest.mark.parametrize(
     "name", ["isthmus-client-id", "Isthmus_Client_Id", "Isthmus.Client+Id", "l5d-client-id"]
 )
-async def test_the_application_learns_who_the_caller_is_and_no_header_can_say_otherwise(
+async def test_the_application_gets_the_caller_s_identity_and_no_header_can_change_it(
     tmp_path: Path, name: str
 ) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask("c.east", f"{name}: spiffe://cluster.local/ns/default/sa/king")
-        assert said(answer, "isthmus-client-id") == [all_.fleet.identity("west")]
+        assert field_values(answer, "isthmus-client-id") == [all_.fleet.identity("west")]
     assert b"king" not in answer.body
 
 
-async def test_a_peer_of_the_gateway_cannot_say_that_it_is_somebody_else(tmp_path: Path) -> None:
+async def test_a_peer_of_the_gateway_cannot_claim_another_identity(tmp_path: Path) -> None:
     async with (
         clusters(tmp_path) as all_,
         await all_.fleet.meet(all_.gateway, "mallory", "gateway") as stream,
@@ -77,7 +75,7 @@ async def test_a_peer_of_the_gateway_cannot_say_that_it_is_somebody_else(tmp_pat
     assert b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/mallory" in answer
 
 
-async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: Path) -> None:
+async def test_a_peer_that_is_not_a_trusted_gateway_is_the_caller_itself(tmp_path: Path) -> None:
     async with clusters(tmp_path, trusted=False) as all_:
         async with await all_.fleet.meet(all_.server, "mallory", "server") as stream:
             await stream.send_all(
@@ -88,10 +86,10 @@ async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: 
         by_gateway = await all_.ask("c.east")
     assert b"king" not in direct
     assert b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/mallory" in direct
-    assert said(by_gateway, "isthmus-client-id") == [Fleet.identity("gateway")]
+    assert field_values(by_gateway, "isthmus-client-id") == [Fleet.identity("gateway")]
 
 
-async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Path) -> None:
+async def test_the_hop_is_appended_to_forwarded(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask(
             "c.east",
@@ -102,7 +100,7 @@ async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Pat
         assert (
             b'isthmus_forwarded_dropped_total{reason="malformed"} 1.0' in all_.gateway.render()
         ), "requests are counted, not lines"
-    assert said(answer, "forwarded") == [
+    assert field_values(answer, "forwarded") == [
         'for="[2001:db8::1]:80"',
         "by=_local.gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
     ]
@@ -136,7 +134,7 @@ async def test_what_is_not_exported_is_not_found_whether_it_exists_or_not(
         "localhost:4191",
     ],
 )
-async def test_a_gateway_is_no_way_to_anywhere_else(tmp_path: Path, host: str) -> None:
+async def test_a_gateway_is_not_an_open_proxy(tmp_path: Path, host: str) -> None:
     async with (
         clusters(tmp_path) as all_,
         await all_.fleet.meet(all_.gateway, "west", "gateway") as stream,
@@ -149,18 +147,18 @@ async def test_a_gateway_is_no_way_to_anywhere_else(tmp_path: Path, host: str) -
         assert bytes(await stream.receive_some())[:12] in (b"HTTP/1.1 404", b"HTTP/1.1 400")
 
 
-async def test_without_tls_nobody_gets_in_and_http_is_told_why(tmp_path: Path) -> None:
+async def test_clients_without_tls_are_refused_and_http_gets_the_reason(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
-        answer = await ask(await connect(Address(HOST, way_in(all_.gateway))), "c.default")
+        answer = await ask(await connect(Address(HOST, inbound_port(all_.gateway))), "c.default")
         assert answer.status == 403
         assert answer.get(b"proxy-status") == b"isthmus;error=http_request_denied"
-        async with await trio.open_tcp_stream(HOST, way_in(all_.gateway)) as raw:
+        async with await trio.open_tcp_stream(HOST, inbound_port(all_.gateway)) as raw:
             await raw.send_all(b"\x00\x01\x02\x03")
             with pytest.raises((trio.BrokenResourceError, AssertionError)):
                 assert await raw.receive_some()
 
 
-async def test_an_identity_that_is_not_on_the_list_is_refused_and_learns_no_names(
+async def test_an_identity_that_is_not_on_the_list_is_refused_and_gets_no_names(
     tmp_path: Path,
 ) -> None:
     allow = {"allow": [Fleet.identity("somebody")]}
@@ -177,8 +175,8 @@ async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(
     async with clusters(tmp_path) as all_:
         stranger = Fleet(tmp_path / "strange")
         stranger.folder.mkdir()
-        # In TLS 1.3 the client is done before the server has judged it: the refusal is what comes
-        # instead of an answer.
+        # In TLS 1.3 the client's handshake is done before the server has verified it: the refusal
+        # comes instead of a response.
         stream = await stranger.meet(all_.gateway, "west", "gateway", roots=all_.fleet)
         with pytest.raises(trio.BrokenResourceError):
             await ask_over(stream)
@@ -186,8 +184,7 @@ async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(
 
 
 async def test_a_gateway_does_not_split_nor_fail_over_what_it_has_received(tmp_path: Path) -> None:
-    """Both clusters may share their requests out to each other: the one who sends is the one who
-    chooses."""
+    """Both clusters may share their requests with each other: the sender chooses."""
     split = [{"service": "c", "weight": 0}, {"service": "c", "cluster": "north", "weight": 100}]
     async with clusters(
         tmp_path, split=split, failover={"clusters": ["north"], "below": 100}
@@ -196,7 +193,7 @@ async def test_a_gateway_does_not_split_nor_fail_over_what_it_has_received(tmp_p
     assert statuses == {200}
 
 
-async def test_a_service_without_endpoints_there_fails_at_once_and_says_where(
+async def test_a_service_without_endpoints_there_fails_at_once_and_the_error_names_the_cluster(
     tmp_path: Path,
 ) -> None:
     async with clusters(tmp_path, endpoints=[]) as all_:
@@ -207,7 +204,7 @@ async def test_a_service_without_endpoints_there_fails_at_once_and_says_where(
     )
 
 
-async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(
+async def test_opaque_bytes_go_through_a_tunnel_whichever_side_sends_first(
     tmp_path: Path,
 ) -> None:
     async with clusters(tmp_path, echo, to="192.0.2.7:5432") as all_:
@@ -222,7 +219,7 @@ async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(
         peer.close()
 
 
-async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_the_metrics(
+async def test_a_tunnel_that_is_refused_closes_the_connection_and_the_metrics_have_the_reason(
     tmp_path: Path,
 ) -> None:
     async with clusters(tmp_path, echo, to="192.0.2.7:5432", export=False) as all_:
@@ -239,7 +236,7 @@ async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_th
         )
 
 
-async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path: Path) -> None:
+async def test_an_open_tunnel_closes_the_circuit_breaker_of_its_endpoint(tmp_path: Path) -> None:
     async with clusters(tmp_path, echo, to="192.0.2.7:5432") as all_:
         runtime = all_.gateway.runtime
         target = runtime.directory.current.exported(b"c.default.svc.cluster.local:5432")
@@ -251,10 +248,8 @@ async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path:
         work.end()
         assert fleet.broken
         peer = await all_.client()
-        assert await peer.until(b"\r\n") == b"220 ready\r\n", (
-            "it waited, and is the one on probation"
-        )
-        assert not fleet.broken, "though the tunnel goes on"
+        assert await peer.until(b"\r\n") == b"220 ready\r\n", "it waited, and is the trial request"
+        assert not fleet.broken, "although the tunnel stays open"
         await peer.stream.send_eof()
         assert await peer.rest() == b""
         peer.close()
@@ -280,7 +275,7 @@ async def test_two_clients_at_once_over_http_2(tmp_path: Path) -> None:
     )
 
 
-async def test_a_gateway_says_that_it_is_alive_to_who_has_an_identity(tmp_path: Path) -> None:
+async def test_a_gateway_answers_probes_of_peers_with_an_identity(tmp_path: Path) -> None:
     async with (
         clusters(tmp_path) as all_,
         await all_.fleet.meet(all_.gateway, "west", "gateway") as stream,
@@ -313,7 +308,7 @@ async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(
     }
 
 
-async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do(
+async def test_connect_of_an_application_to_a_proxy_elsewhere_gets_the_remedy(
     tmp_path: Path,
 ) -> None:
     async with clusters(tmp_path, to="192.0.2.7:80") as all_:
@@ -330,7 +325,7 @@ HERE = f"Forwarded: by={BY};host=c.default;proto=https"
 
 
 async def straight(all_: Clusters, *fields: str) -> bytes:
-    """What the gateway answers to west, which says what it likes."""
+    """What the gateway answers to west, which may send anything."""
     async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
         await stream.send_all(
             "\r\n".join(["GET / HTTP/1.1", "Host: c.default", *fields, "", ""]).encode("latin-1")
@@ -348,7 +343,7 @@ async def straight(all_: Clusters, *fields: str) -> bytes:
     ],
     ids=["lines", "commas", "quotes-and-case", "other-tokens"],
 )
-async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(
+async def test_a_gateway_that_occurs_in_forwarded_too_often_refuses(
     tmp_path: Path, fields: list[str]
 ) -> None:
     async with clusters(tmp_path) as all_:
@@ -382,9 +377,7 @@ async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(
         "broken",
     ],
 )
-async def test_what_looks_a_little_like_it_is_not_refused(
-    tmp_path: Path, fields: list[str]
-) -> None:
+async def test_similar_requests_are_not_refused(tmp_path: Path, fields: list[str]) -> None:
     async with clusters(tmp_path) as all_:
         assert (await straight(all_, *fields)).startswith(b"HTTP/1.1 200 ")
 
@@ -401,8 +394,9 @@ async def test_a_field_that_is_too_long_to_read_is_dropped(tmp_path: Path) -> No
 
 @dataclass
 class Callback:
-    """An application in east that answers a request by making it again at the gateway, with its
-    Forwarded, if `kept` also with its tokens, for so many `rounds`. `seen` counts its requests."""
+    """An application in east that answers a request by sending it again to the gateway, with its
+    Forwarded, and if `kept` also with its tokens, for so many `rounds`. `seen` counts its
+    requests."""
 
     fleet: Fleet | None = None
     gateway: App | None = None

@@ -1,12 +1,11 @@
-"""The way between a sidecar and the gateway of another cluster breaks, and servers behind a gateway
-answer before they have read.
+"""The connection between a sidecar and the gateway of another cluster breaks, and servers behind a
+gateway respond before they have read the request.
 
-Rules: what has begun is told to the client as broken, by the same signs as without proxies: a
-connection that ends within the response. What has not begun is 502. What has not been delivered, or
-may be repeated, is delivered on another connection. Early responses get through a gateway as they
-do through one proxy, and cost no other client anything. (A gateway that falls silent is in
-test_remote_gateways.py.)
-"""
+Rules: a response that has started ends for the client as broken, by the same signs as without
+proxies: the connection ends within the response. One that has not started is 502. What was not
+delivered, or may be repeated, is delivered on another connection. Early responses pass through a
+gateway as through one proxy, and do not affect other clients. (A gateway that stops responding is
+in test_remote_gateways.py.)"""
 
 from __future__ import annotations
 
@@ -30,10 +29,10 @@ FULL = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig"
 
 
 class App:
-    """An application of HTTP/1.1 that does what the path says."""
+    """An HTTP/1.1 application that does what the path says."""
 
     def __init__(self) -> None:
-        self.heard: list[bytes] = []  # methods and paths
+        self.received: list[bytes] = []  # methods and paths
         self.release = trio.Event()
 
     async def serve(self, stream: trio.SocketStream) -> None:
@@ -44,7 +43,7 @@ class App:
             while True:
                 head = await peer.head()
                 method, path = head.split(b" ")[:2]
-                self.heard.append(method + b" " + path)
+                self.received.append(method + b" " + path)
                 length = int(
                     head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or b"0"
                 )
@@ -70,7 +69,7 @@ class World:
     clients: list[Peer] = field(default_factory=list)
 
     async def client(self) -> Peer:
-        """Closed at the end at the latest."""
+        """A new client, closed at the end at the latest."""
         self.clients.append(await self.clusters.client())
         return self.clients[-1]
 
@@ -110,8 +109,10 @@ async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(
         assert await client.exactly(5) == b"hello"
         world.link.reset()
         with trio.fail_after(20):
-            assert await client.ended(), "nothing more may come: it would be taken for the rest"
-        assert world.app.heard.count(b"GET /half") == 1
+            assert await client.ended(), (
+                "no more bytes may follow: they would be taken for the rest"
+            )
+        assert world.app.received.count(b"GET /half") == 1
         assert await world.works()
 
 
@@ -120,20 +121,20 @@ async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(
 async def test_a_link_that_breaks_before_the_response_is_a_502(
     tmp_path: Path, fast: bool, method: str
 ) -> None:
-    """The request may have been carried out. The connection was new or had carried it alone: it
-    says nothing against repeating, but a POST is not repeated in any case."""
+    """The request may have been processed. The connection was new, or only this request was on it:
+    that does not forbid a retry, but a POST is not retried in any case."""
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
         client = await world.client()
         await client.send(request(method, "/wait", 0))
-        await until(lambda: f"{method} /wait".encode() in world.app.heard)
+        await until(lambda: f"{method} /wait".encode() in world.app.received)
         world.link.reset()
-        if method == "GET":  # is repeated, once
-            await until(lambda: world.app.heard.count(b"GET /wait") == 2)
+        if method == "GET":  # it is retried, once
+            await until(lambda: world.app.received.count(b"GET /wait") == 2)
             world.app.release.set()
         with trio.fail_after(20):
             answer = await client.response(method)
-        assert (answer.status, world.app.heard.count(f"{method} /wait".encode())) == (
+        assert (answer.status, world.app.received.count(f"{method} /wait".encode())) == (
             (200, 2) if method == "GET" else (502, 1)
         )
         assert await world.works()
@@ -147,18 +148,18 @@ async def test_a_link_that_breaks_within_an_upload_is_a_502_and_the_server_gets_
         assert await world.works()
         client = await world.client()
         await client.send(request("POST", "/ok", MEGABYTE) + bytes(MEGABYTE // 2))
-        await until(lambda: world.app.heard.count(b"POST /ok") == 2)
+        await until(lambda: world.app.received.count(b"POST /ok") == 2)
         world.link.reset()
         with trio.fail_after(20):
             answer = await client.response("POST")
         assert (answer.status, answer.get(b"connection")) == (502, b"close")
-        assert world.app.heard.count(b"POST /ok") == 2, "half of it cannot be sent again"
+        assert world.app.received.count(b"POST /ok") == 2, "half of it cannot be sent again"
         assert await world.works()
 
 
 @BOTH_PATHS
 @pytest.mark.parametrize(("left", "connection"), [(60_000, None), (3 * MEGABYTE, b"close")])
-async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
+async def test_an_early_response_announces_at_once_whether_the_connection_stays(
     tmp_path: Path, fast: bool, left: int, connection: bytes | None
 ) -> None:
     async with linked(tmp_path, fast=fast) as world:
@@ -181,7 +182,7 @@ async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
 
 
 @BOTH_PATHS
-async def test_uploads_refused_early_behind_a_gateway_cost_no_other_client_a_request(
+async def test_uploads_refused_early_behind_a_gateway_fail_no_request_of_another_client(
     tmp_path: Path, fast: bool
 ) -> None:
     statuses: list[int] = []

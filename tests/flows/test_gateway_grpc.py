@@ -1,8 +1,9 @@
-"""gRPC calls that end badly, from grpcio through three proxies (a sidecar, the gateway of another
-cluster, a sidecar) to a server of which each frame is known. What the server itself says of a
-stream reaches the client as its code; what has become of the server is a status, said by the proxy
-that noticed. docs/decisions/29-interrupted-grpc-calls.md has the reasons.
-"""
+"""gRPC calls that fail, from grpcio through three proxies (a sidecar, the gateway of another
+cluster, a sidecar) to a server whose frames are all known.
+
+An error of the server on a stream reaches the client as its code. A failure of the server is a
+status of the proxy that detected it. docs/decisions/29-interrupted-grpc-calls.md has the
+reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 import trio
 
 from proxy.net.address import Address
-from tests.kit.apps import HOST, way_out
+from tests.kit.apps import HOST, outbound_port
 from tests.kit.clusters import Clusters, clusters
 from tests.kit.http import Peer
 from tests.kit.http2_peers import OK, Peer2, frames_goaway, speaking
@@ -27,7 +28,7 @@ End = Callable[[Peer2, int], Awaitable[None]]
 
 
 def server(end: End, *, begun: bool) -> Callable[[trio.SocketStream], Awaitable[None]]:
-    """A server that sends, if the call is to have `begun`, a head and a message, and then does
+    """A server that sends a head and a message if the call is to have `begun`, and then does
     `end`."""
 
     async def script(peer: Peer2) -> None:
@@ -45,7 +46,7 @@ def server(end: End, *, begun: bool) -> Callable[[trio.SocketStream], Awaitable[
 
 
 def call(address: Address, on_message: Callable[[], None]) -> tuple[int, str, str, dict[str, str]]:
-    """How many messages came, then the code, the details, and the metadata at the end."""
+    """How many messages arrived, then the code, the details, and the metadata at the end."""
     options = [("grpc.default_authority", "c.east"), ("grpc.enable_retries", 0)]
     with grpc.insecure_channel(str(address), options) as channel:
         messages = channel.unary_stream("/t.T/t")(b"", timeout=30)
@@ -63,7 +64,7 @@ def call(address: Address, on_message: Callable[[], None]) -> tuple[int, str, st
 async def calling(
     all_: Clusters, on_message: Callable[[], None]
 ) -> tuple[int, str, str, dict[str, str]]:
-    return await trio.to_thread.run_sync(call, Address(HOST, way_out(all_.west)), on_message)
+    return await trio.to_thread.run_sync(call, Address(HOST, outbound_port(all_.west)), on_message)
 
 
 async def ended(folder: Path, end: End, *, begun: bool) -> tuple[int, str, str, dict[str, str]]:
@@ -93,7 +94,7 @@ CODES = {
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before the head", "behind the head"])
 @pytest.mark.parametrize(("code", "status"), CODES.items(), ids=CODES.values())
-async def test_a_servers_own_reset_means_to_the_client_what_it_meant(
+async def test_a_reset_of_the_server_reaches_the_client_with_its_code(
     tmp_path: Path, code: int, status: str, begun: bool
 ) -> None:
     _, found, details, _ = await ended(tmp_path, resetting(code), begun=begun)
@@ -118,7 +119,7 @@ ENDS = {"cut": (cut, "connection_terminated"), "GOAWAY": (goes_away, "connection
 
 
 @pytest.mark.parametrize(("end", "kind"), ENDS.values(), ids=ENDS)
-async def test_a_server_that_goes_in_the_middle_of_a_call_is_unavailable(
+async def test_a_server_that_goes_away_in_the_middle_of_a_call_is_unavailable(
     tmp_path: Path, end: End, kind: str
 ) -> None:
     count, found, details, _ = await ended(tmp_path, end, begun=True)
@@ -126,7 +127,7 @@ async def test_a_server_that_goes_in_the_middle_of_a_call_is_unavailable(
     assert details.startswith(kind), details
 
 
-async def test_a_server_that_goes_before_it_answers_is_unavailable_and_proxy_status_says_who_noticed(
+async def test_a_server_that_goes_away_before_it_responds_is_unavailable_and_proxy_status_names_the_proxy(
     tmp_path: Path,
 ) -> None:
     count, found, details, metadata = await ended(tmp_path, cut, begun=False)
@@ -136,8 +137,10 @@ async def test_a_server_that_goes_before_it_answers_is_unavailable_and_proxy_sta
 
 
 @pytest.mark.parametrize("who", ["gateway", "server"])
-async def test_a_proxy_on_the_way_that_goes_is_unavailable_too(tmp_path: Path, who: str) -> None:
-    """As one is whose time to go down gently is over."""
+async def test_a_proxy_on_the_path_that_goes_away_is_unavailable_too(
+    tmp_path: Path, who: str
+) -> None:
+    """As after the grace period of its shutdown."""
     begun = trio.Event()
 
     async def end(_: Peer2, __: int) -> None:

@@ -1,22 +1,24 @@
-"""Loops and tunnels: the CONNECT by which opaque bytes get into another cluster has the token of
-the proxy that sent it, and one that comes back to a gateway is refused.
+"""Tunnels of gateways. The CONNECT by which opaque bytes get into another cluster has the token of
+the proxy that sent it, and one that comes back to a gateway is refused. A tunnel to an application
+without a sidecar carries no HTTP, because no other proxy would inspect it.
 
-A gateway of ours ends each CONNECT, so only another make's passes one on. It is played here by a
-TLS server that says what it was asked.
-"""
+A gateway of this mesh ends each CONNECT, so only one of another vendor forwards one. Here a TLS
+server that reports what it got replaces it."""
 
 from __future__ import annotations
 
 import ssl
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from loopguard.l7 import HEADER
+from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, way_out
+from tests.kit.apps import HOST, Application, Fleet, application, outbound_port
 from tests.kit.clusters import LISTEN, QUICK, Clusters, clusters, west_directory
 from tests.kit.http import connect
 
@@ -37,8 +39,8 @@ async def test_a_tunnels_connect_has_the_token_of_its_sender(tmp_path: Path) -> 
     heads: list[bytes] = []
 
     async def entry(raw: trio.SocketStream) -> None:
-        """A gateway that answers with the bytes that it has got behind the head."""
-        with suppress(trio.BrokenResourceError):  # whoever connects may go at any time
+        """A gateway that responds with the bytes that it has got after the head."""
+        with suppress(trio.BrokenResourceError):  # the peer may close at any time
             await converse(trio.SSLStream(raw, context, server_side=True, https_compatible=True))
 
     async def converse(stream: trio.SSLStream[trio.SocketStream]) -> None:
@@ -63,7 +65,7 @@ async def test_a_tunnels_connect_has_the_token_of_its_sender(tmp_path: Path) -> 
         async with fleet.running(
             "west", west_directory(port), outbound=outbound, clusters=QUICK
         ) as west:
-            peer = await connect(Address(HOST, way_out(west)))
+            peer = await connect(Address(HOST, outbound_port(west)))
             await peer.send(b"\x00\x01\x02")
             assert await peer.exactly(3) == b"\x00\x01\x02"
             peer.close()
@@ -76,7 +78,7 @@ async def test_a_tunnels_connect_has_the_token_of_its_sender(tmp_path: Path) -> 
 
 
 async def tunnel(all_: Clusters, field: bytes) -> bytes:
-    """What the gateway answers to a CONNECT with these tokens."""
+    """The gateway's response to a CONNECT with these tokens."""
     name = b"c.default.svc.cluster.local:5432"
     async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
         await stream.send_all(
@@ -87,7 +89,7 @@ async def tunnel(all_: Clusters, field: bytes) -> bytes:
 
 async def greet(stream: trio.SocketStream) -> None:
     await stream.send_all(b"220 ready\r\n")
-    with suppress(trio.BrokenResourceError):  # the client has seen the gateway's answer, and goes
+    with suppress(trio.BrokenResourceError):  # the client closes after the gateway's response
         await stream.receive_some()
 
 
@@ -132,9 +134,149 @@ async def test_the_time_that_a_policy_gives_a_request_does_not_end_a_tunnel(tmp_
     async with clusters(tmp_path, late, policy={"timeouts": {"request": "200ms"}}) as all_:
         async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
             await stream.send_all(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (name, name))
-            heard = b""
-            while not heard.endswith(b"220 ready\r\n"):
+            received = b""
+            while not received.endswith(b"220 ready\r\n"):
                 piece = bytes(await stream.receive_some())
-                assert piece, heard
-                heard += piece
-        assert heard.startswith(b"HTTP/1.1 200 ")
+                assert piece, received
+                received += piece
+        assert received.startswith(b"HTTP/1.1 200 ")
+
+
+# Tunnels to endpoints without a sidecar...
+
+NAME = b"c.default.svc.cluster.local:80"
+FORGED = b"Host: c\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n"
+GATEWAYS_OWN = pytest.mark.parametrize("own", [False, True], ids=["plain", "of the gateway's pod"])
+
+
+class Echo:
+    """An application that keeps what it gets, and sends it back unless it is `silent`; with a
+    `greeting` first."""
+
+    def __init__(self, greeting: bytes = b"", *, silent: bool = False) -> None:
+        self.heard = bytearray()
+        self.connections = 0
+        self._greeting, self._silent = greeting, silent
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        self.connections += 1
+        with suppress(trio.BrokenResourceError):
+            if self._greeting:
+                await stream.send_all(self._greeting)
+            async for piece in stream:
+                self.heard += piece
+                if not self._silent:
+                    await stream.send_all(piece)
+
+
+@asynccontextmanager
+async def without_sidecar(
+    folder: Path, serve: Application, protocol: str, *, own: bool = False
+) -> AsyncIterator[tuple[App, trio.SSLStream[trio.SocketStream], bytes]]:
+    """A gateway before an application without a sidecar: the gateway, a peer that has asked for a
+    tunnel, and the head of the answer."""
+    fleet = Fleet(folder)
+    async with application(serve) as port:
+        endpoint = {"address": HOST, **({"identity": fleet.identity("gateway")} if own else {})}
+        service = {
+            "name": "c",
+            "ports": [{"port": 80, "target_port": port, "protocol": protocol}],
+            "endpoints": [endpoint],
+            "export": True,
+        }
+        entry = {**LISTEN, "enabled": True, "detect_timeout": "100ms"}
+        async with fleet.running("gateway", {"services": [service]}, gateway=entry) as gate:
+            stream = await fleet.meet(gate, "mallory", "gateway")
+            await stream.send_all(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (NAME, NAME))
+            head = b""
+            with trio.fail_after(20):
+                while b"\r\n\r\n" not in head:
+                    head += await stream.receive_some(1)
+            yield gate, stream, head
+            await trio.aclose_forcefully(stream)
+
+
+def refusals(gate: App) -> float:
+    labels = {"direction": "gateway", "reason": "bad_request"}
+    return gate.metrics.registry.get_sample_value("isthmus_errors_total", labels) or 0.0
+
+
+async def rest(stream: trio.SSLStream[trio.SocketStream]) -> bytes:
+    """What comes until the end of the connection, in whatever way it ends."""
+    data = b""
+    with trio.fail_after(20), suppress(trio.BrokenResourceError):
+        while piece := await stream.receive_some():
+            data += piece
+    return data
+
+
+@GATEWAYS_OWN
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+async def test_a_port_for_http_gets_no_tunnel(tmp_path: Path, protocol: str, own: bool) -> None:
+    app = Echo()
+    async with without_sidecar(tmp_path, app.serve, protocol, own=own) as (gate, _, head):
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"this port of default/c accepts only HTTP" in head
+        assert refusals(gate) == 1
+    assert app.connections == 0
+
+
+@GATEWAYS_OWN
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"GET / HTTP/1.1\r\n" + FORGED,),
+        (b"\nGET / HTTP/1.1\r\n" + FORGED,),
+        (b"GE", b"T / HTTP/1.1\r\n" + FORGED),
+        (b"X" * 30, b" / HTTP/1.1\r\n" + FORGED),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",),
+    ],
+)
+async def test_http_in_a_tunnel_does_not_reach_the_application(
+    tmp_path: Path, pieces: tuple[bytes, ...], own: bool
+) -> None:
+    app = Echo(silent=True)
+    async with without_sidecar(tmp_path, app.serve, "detect", own=own) as (gate, stream, head):
+        assert head.startswith(b"HTTP/1.1 200 ")
+        for number, piece in enumerate(pieces):
+            if number:
+                await trio.sleep(0.3)  # three times what the rest of a request line may take
+            await stream.send_all(piece)
+        await rest(stream)
+        assert refusals(gate) == 1
+    assert b"HTTP" not in app.heard
+    assert b"king" not in app.heard
+
+
+@pytest.mark.parametrize("first", [b"\x00\x00\x00\x08\x04\xd2\x16\x2f", b"PING\r\n", b"x" * 30])
+async def test_other_bytes_in_a_tunnel_are_relayed(tmp_path: Path, first: bytes) -> None:
+    app = Echo()
+    async with without_sidecar(tmp_path, app.serve, "detect") as (gate, stream, head):
+        assert head.startswith(b"HTTP/1.1 200 ")
+        for piece in (first, b"GET / HTTP/1.1\r\n", bytes(100_000)):
+            await stream.send_all(piece)
+            answer = b""
+            with trio.fail_after(20):
+                while len(answer) < len(piece):
+                    answer += await stream.receive_some()
+            assert answer == piece
+        assert refusals(gate) == 0
+
+
+async def test_a_server_behind_a_tunnel_may_speak_first(tmp_path: Path) -> None:
+    app = Echo(b"220 ready\r\n")
+    async with without_sidecar(tmp_path, app.serve, "detect") as (_, stream, _):
+        with trio.fail_after(20):
+            assert await stream.receive_some() == b"220 ready\r\n"
+            await stream.send_all(b"GET / HTTP/1.1 is what a mail may say\r\n")
+            assert (await stream.receive_some()).startswith(b"GET / HTTP/1.1 is")
+
+
+async def test_a_port_that_is_declared_opaque_gets_any_bytes(tmp_path: Path) -> None:
+    app = Echo()
+    async with without_sidecar(tmp_path, app.serve, "opaque") as (gate, stream, head):
+        assert head.startswith(b"HTTP/1.1 200 ")
+        await stream.send_all(b"GET / HTTP/1.1\r\n" + FORGED)
+        with trio.fail_after(20):
+            assert (await stream.receive_some()).startswith(b"GET / HTTP/1.1\r\n")
+        assert refusals(gate) == 0

@@ -1,6 +1,7 @@
-"""Bytes that are relayed before it is certain that they are no HTTP. What turns out to be HTTP is
-served as such: no client gets by with a field that only a proxy may set, by waiting, by speaking
-slowly, or by a tunnel. Other protocols work as they do without a proxy."""
+"""Bytes that are relayed before it is certain that they are not HTTP.
+
+What turns out to be HTTP is served as HTTP: no client can pass a field that only a proxy may set,
+by waiting, by sending slowly, or by a tunnel. Other protocols work as they do without a proxy."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from proxy.flows.late_detection import look
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.relay import relay
 from proxy.wire.sniff import Protocol
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.net.conftest import pair
 
 FORGED = b"Host: a\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n"
@@ -47,31 +48,31 @@ async def head_of(stream: trio.abc.ReceiveStream) -> bytes:
 
 
 class App:
-    """An application that answers HTTP, or sends back what it gets (`echo`); it notes all that it
-    hears, by connection."""
+    """An application that answers HTTP, or echoes (`echo`). It records all received bytes, by
+    connection."""
 
     def __init__(self, *, echo: bool = False) -> None:
-        self.heard: list[bytearray] = []
+        self.received: list[bytearray] = []
         self.connections = 0
         self._echo = echo
 
     async def serve(self, stream: trio.SocketStream) -> None:
         self.connections += 1
-        heard = bytearray()
-        self.heard.append(heard)
+        received = bytearray()
+        self.received.append(received)
         with suppress(trio.BrokenResourceError):
             async for piece in stream:
-                heard += piece
+                received += piece
                 if self._echo:
                     await stream.send_all(piece)
-                elif b"\r\n\r\n" in heard:
+                elif b"\r\n\r\n" in received:
                     await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-                    heard = bytearray()
-                    self.heard.append(heard)
+                    received = bytearray()
+                    self.received.append(received)
 
     @property
     def all(self) -> bytes:
-        return b"|".join(self.heard)
+        return b"|".join(self.received)
 
 
 @asynccontextmanager
@@ -91,7 +92,7 @@ async def inbound(tmp_path: Path, app: App, **settings: Any) -> AsyncIterator[tu
 
 
 async def dial(proxy: Any) -> trio.SocketStream:
-    return await trio.open_tcp_stream(HOST, way_in(proxy))
+    return await trio.open_tcp_stream(HOST, inbound_port(proxy))
 
 
 @pytest.mark.parametrize("pieces", [
@@ -106,7 +107,8 @@ async def test_a_client_that_waits_and_then_speaks_http_is_served_as_one(
         for piece in pieces:
             await trio.sleep(
                 0.3
-            )  # three times what is taken for a client that waits for the server
+                # Three times the time after which a client is taken for one that waits for the server
+            )
             await client.send_all(piece)
         assert (await head_of(client)).startswith(b"HTTP/1.1 200 ")
     assert b"/ HTTP/1.1\r\nHost: a\r\n" in app.all
@@ -121,7 +123,7 @@ async def test_a_client_that_waits_and_then_speaks_http_is_served_as_one(
 async def test_the_connection_to_the_application_is_used_for_late_http_if_it_is_as_new(
     tmp_path: Path, how: str, pieces: tuple[bytes, ...], connections: int
 ) -> None:
-    """The application of a relay opens another connection for each that it gets, so one too many
+    """The application of a relay opens another connection for each that it gets, so an extra one
     would double a loop's."""
     app = App()
     async with inbound(tmp_path, app) as (fleet, proxy):
@@ -170,10 +172,10 @@ async def test_malformed_http_is_refused_however_slowly_it_comes(
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-async def test_http_in_a_tunnel_is_served_as_its_peer_s_whatever_it_says_of_itself(
+async def test_http_in_a_tunnel_has_the_identity_of_the_tunnel_s_peer(
     tmp_path: Path, trusted: bool
 ) -> None:
-    """A gateway that is trusted to name a caller names none of the bytes that it carries."""
+    """A gateway that may name a caller for requests does not do so for tunnelled bytes."""
     app = App()
     gateways = [Fleet.identity("gateway")] if trusted else []
     async with inbound(tmp_path, app, trusted_gateways=gateways) as (fleet, proxy):
@@ -226,16 +228,16 @@ async def test_other_protocols_are_relayed_at_once(tmp_path: Path, first: bytes,
 
 
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
-async def test_a_server_that_speaks_first_is_heard_and_what_the_client_says_then_is_not_looked_at(
+async def test_a_server_that_sends_first_is_relayed_and_the_client_s_bytes_are_not_inspected(
     tmp_path: Path, how: str
 ) -> None:
-    heard = bytearray()
+    received = bytearray()
 
     async def greet(stream: trio.SocketStream) -> None:
         await stream.send_all(b"220 ready\r\n")
         with suppress(trio.BrokenResourceError):
             async for piece in stream:
-                heard.extend(piece)
+                received.extend(piece)
                 await stream.send_all(b"250 ok\r\n")
 
     app = App()
@@ -252,7 +254,7 @@ async def test_a_server_that_speaks_first_is_heard_and_what_the_client_says_then
             assert await client.receive_some() == b"250 ok\r\n"
         with suppress(trio.BrokenResourceError):
             await client.aclose()
-    assert heard.startswith(b"GET /")
+    assert received.startswith(b"GET /")
 
 
 async def test_a_port_for_http_only_waits_for_a_request_as_a_server_does(tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ async def test_a_port_for_http_only_waits_for_a_request_as_a_server_does(tmp_pat
         await trio.sleep(0.5)
         await client.send_all(b"O / HTTP/1.1\r\n" + FORGED)
         assert (await head_of(client)).startswith(b"HTTP/1.1 200 ")
-    assert len(app.heard) == 2, "one connection to the application, and one request on it"
+    assert len(app.received) == 2, "one connection to the application, and one request on it"
     assert b"king" not in app.all
 
 
@@ -287,7 +289,7 @@ async def test_the_first_request_may_come_late_on_the_way_out_too(
             "detect_timeout": SOON,
         }
         async with fleet.running("web", {"services": [service]}, outbound=section) as proxy:
-            client = await trio.open_tcp_stream(HOST, way_out(proxy))
+            client = await trio.open_tcp_stream(HOST, outbound_port(proxy))
             async with client:
                 await trio.sleep(0.4)
                 await client.send_all(b"GET /a HTTP/1.1\r\nHost: s\r\n\r\n")
@@ -306,7 +308,7 @@ async def test_both_sides_may_speak_at_once_and_nothing_is_lost() -> None:
     with trio.fail_after(30):
         found = await look(accepted, dialled, patience=60, idle=60)
         assert found.protocol is Protocol.OPAQUE
-        async with trio.open_nursery() as nursery:  # what was not read by then is the relay's
+        async with trio.open_nursery() as nursery:  # what was not read by then is left to the relay
             nursery.start_soon(partial(relay, accepted, dialled, idle=60))
             assert await server.receive_some() == b"\xffdata"
             assert await client.receive_some() == b"greeting"
@@ -315,7 +317,7 @@ async def test_both_sides_may_speak_at_once_and_nothing_is_lost() -> None:
         stream.close()
 
 
-async def test_what_is_lost_is_reset_on_the_other_side() -> None:
+async def test_a_lost_connection_is_reset_on_the_other_side() -> None:
     client, accepted = pair()
     dialled, server = pair()
     client.reset()

@@ -1,10 +1,9 @@
-"""Odd beginnings of connections, at all three listeners: an inbound side, a gateway, an outbound
+"""Unusual starts of connections, at all three listeners: an inbound side, a gateway, an outbound
 side.
 
-Rules: a ClientHello and a request may come in pieces of any size. A connection that says nothing,
-half of something, or something and goes, by FIN or by RST, ends; it costs no other connection
-anything, and is no fault of the proxy's.
-"""
+Rules: a ClientHello and a request may arrive in pieces of any size. A connection that sends
+nothing, half of something, or something and closes, by FIN or by RST, ends. It does not affect any
+other connection, and is not an internal error."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ import trio
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.kit.clusters import LISTEN
 from tests.kit.http import connect, until
 from tests.wire.hellos import python_hello
@@ -63,8 +62,8 @@ async def server(stream: trio.SocketStream) -> None:
 async def listener(
     folder: Path, kind: str, patience: str = SOON
 ) -> AsyncIterator[tuple[Fleet, App, int]]:
-    """A proxy with one listener of this kind, in front of an application that mirrors requests, and
-    the listener's port. It waits for `patience` for whatever has begun."""
+    """A proxy with one listener of this kind, in front of an application that echoes requests, and
+    the listener's port. It waits for `patience` for an incomplete start."""
     fleet = Fleet(folder)
     async with application(server) as port:
         to = {**LISTEN, "fixed_destination": f"{HOST}:{port}", "detect_timeout": patience}
@@ -83,13 +82,13 @@ async def listener(
         else:
             settings[kind] = to
         async with fleet.running("shop", directory, **settings) as proxy:
-            yield fleet, proxy, way_out(proxy) if kind == "outbound" else way_in(proxy)
+            yield fleet, proxy, outbound_port(proxy) if kind == "outbound" else inbound_port(proxy)
 
 
 async def member_is_served(fleet: Fleet, proxy: App, kind: str) -> bool:
     """By mutual TLS, or by the application's own connection."""
     if kind == "outbound":
-        client = await connect(Address(HOST, way_out(proxy)))
+        client = await connect(Address(HOST, outbound_port(proxy)))
         try:
             return (await client.ask(REQUEST)).status == 200
         finally:
@@ -123,7 +122,7 @@ OPENINGS = {
 
 
 async def begin(port: int, said: bytes, end: str) -> trio.SocketStream:
-    """A new connection on which this has been said, and that has been ended like this."""
+    """A new connection that has sent this, and has ended like this."""
     client = await trio.open_tcp_stream(HOST, port)
     if said:
         await client.send_all(said)
@@ -138,7 +137,7 @@ async def begin(port: int, said: bytes, end: str) -> trio.SocketStream:
 
 
 async def left(client: trio.SocketStream) -> bytes:
-    """What comes until the other side ends the connection, by whatever means."""
+    """All bytes until the other side ends the connection in any way."""
     data = b""
     with suppress(trio.BrokenResourceError):
         while piece := await client.receive_some():
@@ -148,7 +147,7 @@ async def left(client: trio.SocketStream) -> bytes:
 
 @KINDS
 @pytest.mark.parametrize("end", ["close", "half-close", "reset", "silence"])
-async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
+async def test_connections_with_a_bad_start_end_and_affect_no_other(
     tmp_path: Path, kind: str, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with listener(tmp_path, kind) as (fleet, proxy, port):
@@ -160,7 +159,7 @@ async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
                     assert not (await left(client)).startswith(b"HTTP/1.1 2"), name
             elif (
                 end == "silence" and kind == "gateway"
-            ):  # nobody without an identity is connected to anything
+            ):  # no client without an identity is connected to anything
                 for client in clients.values():
                     await left(client)
             elif end == "silence":  # others may wait for the server to speak
@@ -177,8 +176,7 @@ async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
 
 @KINDS
 async def test_requests_may_come_byte_by_byte(tmp_path: Path, kind: str) -> None:
-    """By mutual TLS, with the ClientHello too, where peers are met; by clear text, where the
-    application is."""
+    """With peers by mutual TLS, with the ClientHello too; with the application in clear text."""
     async with listener(tmp_path, kind, "20s") as (fleet, _, port):
         stream: trio.abc.HalfCloseableStream | trio.SSLStream[Bytewise] = Bytewise(
             await trio.open_tcp_stream(HOST, port)

@@ -1,9 +1,8 @@
-"""A peer that shows an authority's certificate, to each of the flows: nobody is a workload by it
-(X.509-SVID, section 5.2).
+"""A peer that presents an authority's certificate, to each of the flows: it is not accepted as a
+workload (X.509-SVID, section 5.2).
 
-The table of all deviations is in tests/identity/test_certificate_verdicts.py; here is that the
-flows go by it, and what both sides are told.
-"""
+The table of all deviations is in tests/identity/test_certificate_verdicts.py. Tested here: the
+flows apply it, and the errors on both sides."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from cryptography import x509
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, outbound_port
 from tests.kit.chains import Made, Profile, authority, make
 from tests.kit.clusters import LISTEN
 from tests.kit.http import connect, until
@@ -53,25 +52,27 @@ class Trusting(Fleet):
 
 
 async def refused(app: App, file: Path) -> ssl.SSLError:
-    """What a client hears that shows the file."""
+    """The error of a client that presents the file."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.load_cert_chain(file)
     context.set_alpn_protocols(["http/1.1"])
-    raw = await trio.open_tcp_stream(HOST, way_in(app))
+    raw = await trio.open_tcp_stream(HOST, inbound_port(app))
     stream = trio.SSLStream(
         raw, context, server_hostname="server.default.sa.cluster.local", https_compatible=True
     )
     await stream.do_handshake()
     with pytest.raises(trio.BrokenResourceError) as caught:
-        await stream.receive_some()  # in TLS 1.3 it is only here that a client hears of it
+        await stream.receive_some()  # in TLS 1.3 a client gets the refusal only here
     await trio.aclose_forcefully(stream)
     assert isinstance(caught.value.__cause__, ssl.SSLError)
     return caught.value.__cause__
 
 
 @pytest.mark.parametrize("side", ["inbound", "gateway"])
-async def test_it_is_no_client(tmp_path: Path, side: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_peer_that_is_not_a_client(
+    tmp_path: Path, side: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "isthmus.connection")
     file, root = shown(tmp_path, "mallory")
     fleet = Trusting(tmp_path, other=root.pem)
@@ -92,7 +93,7 @@ async def test_it_is_no_client(tmp_path: Path, side: str, caplog: pytest.LogCapt
     assert WORDS in caplog.records[-1].__dict__["line"].words
 
 
-async def test_it_is_no_server(tmp_path: Path) -> None:
+async def test_a_peer_that_is_not_a_server(tmp_path: Path) -> None:
     file, root = shown(tmp_path, "server")
     fleet = Trusting(tmp_path, other=root.pem)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -121,7 +122,7 @@ async def test_it_is_no_server(tmp_path: Path) -> None:
         async with fleet.running(
             "near", {"cluster": "west", "services": [service]}, outbound=outbound
         ) as near:
-            peer = await connect(Address(HOST, way_out(near)))
+            peer = await connect(Address(HOST, outbound_port(near)))
             await peer.send(GET)
             answer = await peer.response()
             peer.close()

@@ -1,16 +1,19 @@
-"""Between two proxies: TLS sessions are resumed as long as both sides let them live."""
+"""Between two proxies: TLS sessions are resumed as long as both sides allow it."""
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import trio
 
 from proxy.app import App
+from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, application, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, outbound_port
 from tests.kit.clusters import LISTEN
 from tests.kit.http import connect
 
@@ -29,13 +32,13 @@ def directory(port: int) -> dict[str, object]:
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    with suppress(trio.BrokenResourceError):  # whoever connects may go at any time
+    with suppress(trio.BrokenResourceError):  # the peer may close at any time
         async for piece in stream:
             await stream.send_all(piece)
 
 
 def handshakes(app: App, resumed: str) -> float:
-    """Of its inbound side, as far as they were good."""
+    """The successful handshakes of its inbound side."""
     samples = (sample for family in app.metrics.registry.collect() for sample in family.samples)
     counted = [sample for sample in samples if sample.name == "isthmus_tls_handshakes_total"]
     wanted = {"direction": "inbound", "result": "ok", "resumed": resumed}
@@ -57,13 +60,38 @@ async def test_a_session_is_resumed_unless_one_side_gives_it_no_lifetime(
             outbound = {**LISTEN, "fixed_destination": DB}
             async with fleet.running(
                 "west",
-                directory(way_in(far)),
+                directory(inbound_port(far)),
                 outbound=outbound,
                 identity={"session_lifetime": west},
             ) as near:
                 for _ in range(3):
-                    peer = await connect(Address(HOST, way_out(near)))
-                    await peer.send(b"\0data")  # no beginning of a request: it goes on at once
+                    peer = await connect(Address(HOST, outbound_port(near)))
+                    # Not the start of a request: it is forwarded at once
+                    await peer.send(b"\0data")
                     assert await peer.exactly(5) == b"\0data"
                     peer.close()
                 assert (handshakes(far, "true"), handshakes(far, "false")) == (resumed, 3 - resumed)
+
+
+async def test_a_session_is_not_offered_after_the_end_of_our_own_certificate(
+    tmp_path: Path,
+) -> None:
+    """The server would refuse it after the handshake, without an alert that says why."""
+    fleet = Fleet(tmp_path, lifetimes={"west": timedelta(minutes=10)})
+    async with application(echo) as port:
+        inbound = {**LISTEN, "fixed_destination": f"{HOST}:{port}"}
+        async with fleet.running("server", inbound=inbound) as far:
+            outbound = {**LISTEN, "fixed_destination": DB}
+            async with fleet.running(
+                "west", directory(inbound_port(far)), outbound=outbound
+            ) as near:
+                peer = await connect(Address(HOST, outbound_port(near)))
+                await peer.send(b"\0data")
+                assert await peer.exactly(5) == b"\0data"
+                peer.close()
+                identity = near.identity
+                assert identity is not None
+                server, end = SpiffeId.parse(Fleet.identity("server")), identity.chain_end
+                assert end < time.time() + 601
+                assert identity.sessions.get(server, HOST, end - 1) is not None
+                assert identity.sessions.get(server, HOST, end + 1) is None

@@ -1,9 +1,8 @@
 """Large uploads through a proxy, of either version and on both paths: every byte arrives, and the
 proxy's memory does not grow.
 
-On each path one version carries 2 GiB, more than a signed 32-bit number can count; 256 MiB show
-that memory does not grow.
-"""
+On each path one version carries 2 GiB, more than a signed 32-bit number can count. 256 MiB are
+enough to show that memory does not grow."""
 
 from __future__ import annotations
 
@@ -74,14 +73,14 @@ def take1(sock: socket.socket) -> None:
 
 
 class Frames:
-    """The frames that come on a connection; DATA is counted and not kept."""
+    """The frames that arrive on a connection; DATA is counted and not kept."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = b""
         self.body = 0
         self.ended = False
-        self.credit = [0, 0]  # that the peer has given: on the connection, and on stream 1
+        self.credit = [0, 0]  # given by the peer: for the connection, and for stream 1
         self.last = b""  # DATA
 
     def read(self) -> bool:

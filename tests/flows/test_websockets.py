@@ -1,10 +1,9 @@
 """WebSockets through whole proxies, with mutual TLS between them: sidecar to sidecar, and by the
 gateway of another cluster.
 
-The client is the package websockets (HTTP/1.1), or an HTTP/2 client that asks by extended CONNECT.
-The server is Hypercorn, which takes WebSockets by either version and says which it was asked in, or
-one that takes only HTTP/1.1. The directory says what the service speaks.
-"""
+The client is the package websockets (HTTP/1.1), or an HTTP/2 client with extended CONNECT. The
+server is Hypercorn, which accepts WebSockets by either version and reports which one it got, or one
+that accepts only HTTP/1.1. The directory has the protocol of the service."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ import wsproto.events
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Fleet, way_in, way_out
+from tests.kit.apps import HOST, Fleet, inbound_port, outbound_port
 from tests.kit.http import connect
 from tests.kit.http2_peers import WEBSOCKET, Answer, Peer2
 from tests.kit.websocket_servers import first_only, hypercorn, listening
@@ -47,8 +46,8 @@ def first_only_port() -> Iterator[int]:
 async def pair(
     folder: Path, port: int, protocol: Protocol | None, *, by_gateway: bool = False
 ) -> AsyncIterator[App]:
-    """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar; with
-    a gateway between them, if so."""
+    """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar,
+    optionally with a gateway between them."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     await listening(Address(HOST, port))
     said: dict[str, Any] = {} if protocol is None else {"protocol": protocol}
@@ -58,7 +57,7 @@ async def pair(
         endpoint = {
             "address": HOST,
             "identity": fleet.identity("server"),
-            "ports": {"80": way_in(server)},
+            "ports": {"80": inbound_port(server)},
         }
         service = {
             "name": "chat",
@@ -75,7 +74,11 @@ async def pair(
             return
         east = {"cluster": "east", "services": [{**service, "export": True}]}
         async with fleet.running("gateway", east, gateway={**listen, "enabled": True}) as gateway:
-            way = {"address": HOST, "port": way_in(gateway), "identity": fleet.identity("gateway")}
+            way = {
+                "address": HOST,
+                "port": inbound_port(gateway),
+                "identity": fleet.identity("gateway"),
+            }
             east = {
                 "name": "east",
                 "gateways": [way],
@@ -98,7 +101,7 @@ SPLIT = {"service": "chat", "cluster": "east", "weight": 1}
 
 
 def _talk1(address: Address) -> str | None:
-    """A few messages; the version that the server was asked in."""
+    """A few messages. Returns the version that the server got."""
     with websockets.sync.client.connect(
         f"ws://{address}/chat", open_timeout=30, proxy=None
     ) as connection:
@@ -118,15 +121,15 @@ async def _talk2(address: Address) -> str | None:
         await client.read()
     answer = client.messages[number]
     assert answer.status == 200, answer
-    frames, heard = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
+    frames, received = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
     await client.send(number, frames.send(wsproto.events.TextMessage("hello")))
-    while heard != "hello":
+    while received != "hello":
         frames.receive_data(answer.body)
         answer.body = b""
-        heard += "".join(
+        received += "".join(
             event.data for event in frames.events() if isinstance(event, wsproto.events.TextMessage)
         )
-        if heard != "hello":
+        if received != "hello":
             client.credit(await client.read())
     peer.close()
     version = answer.get(b"x-version")
@@ -134,7 +137,7 @@ async def _talk2(address: Address) -> str | None:
 
 
 async def _talk(app: App, version: int) -> str | None:
-    address = Address(HOST, way_out(app))
+    address = Address(HOST, outbound_port(app))
     return await trio.to_thread.run_sync(_talk1, address) if version == 1 else await _talk2(address)
 
 
@@ -149,7 +152,7 @@ async def test_between_both_versions(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_service_of_which_the_directory_does_not_say_what_it_speaks_is_asked_in_the_client_s_version(
+async def test_a_service_without_a_protocol_in_the_directory_gets_the_client_s_version(
     version: int, hypercorn: int, tmp_path: Path
 ) -> None:
     async with pair(tmp_path, hypercorn, None) as app:
@@ -157,24 +160,25 @@ async def test_a_service_of_which_the_directory_does_not_say_what_it_speaks_is_a
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_server_that_takes_it_only_in_http1_gets_it_so_behind_two_proxies(
+async def test_a_server_that_supports_it_only_in_http1_gets_it_so_behind_two_proxies(
     version: int, first_only: int, tmp_path: Path
 ) -> None:
-    """The sidecar of the server takes it by HTTP/2, and finds out that the application does not."""
+    """The sidecar of the server gets it by HTTP/2, and finds out that the application does not
+    support that."""
     async with pair(tmp_path, first_only, "http2") as app:
         assert await _talk(app, version) is None
 
 
-async def test_an_offer_of_tls_to_a_service_of_http2_is_no_fault_of_its_endpoint(
+async def test_an_offer_of_tls_to_a_service_of_http2_is_not_a_fault_of_its_endpoint(
     hypercorn: int, tmp_path: Path
 ) -> None:
-    """What Apache HttpClient 5.4 sends with every GET."""
+    """Apache HttpClient 5.4 sends it with every GET."""
     request = (
         b"GET / HTTP/1.1\r\nHost: chat\r\nConnection: keep-alive, Upgrade\r\nUpgrade:"
         b" TLS/1.2\r\n\r\n"
     )
     async with pair(tmp_path, hypercorn, "http2") as app:
-        client = await connect(Address(HOST, way_out(app)))
+        client = await connect(Address(HOST, outbound_port(app)))
         for _ in range(20):
             answer = await client.ask(request)
             assert (answer.status, answer.body) == (200, b"2  ")

@@ -1,11 +1,10 @@
-"""One verdict on certificates, whichever TLS library shakes hands: each deviation at each place of
-a chain, in real handshakes.
+"""The same verdict on certificates with each TLS library: each deviation at each place of a chain,
+in real handshakes.
 
-Each case is a chain with one thing wrong (or allowed). It is shown by a client to a server and by a
-server to a client, both with contexts and verification as a proxy has them. The judging side says
-why, the judged one hears the alert that fits, and a proxy whose own chain it is refuses to start
-with it. The table holds for OpenSSL and for AWS-LC, in the same words.
-"""
+Each case is a chain with one thing wrong (or allowed). A client presents it to a server, and a
+server to a client, both with contexts and verification as a proxy has them. The verifying side
+reports the reason, the other side gets the alert that fits, and a proxy whose own chain it is
+refuses to start with it. The table holds for OpenSSL and for AWS-LC, with the same messages."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ DNS, URIS, MAIL = x509.DNSName, x509.UniformResourceIdentifier, x509.RFC822Name
 
 @dataclass(frozen=True)
 class No:
-    """A refusal: words of it, and the alert for the peer. `by_presenter`: with such a key it does
-    not come to a signature."""
+    """A refusal: a part of its message, and the alert for the peer. `by_presenter`: with such a key
+    the presenter cannot sign."""
 
     words: str
     alert: str = "bad certificate"
@@ -55,12 +54,12 @@ BAD_CA = partial(No, alert="unknown ca")
 
 @dataclass(frozen=True)
 class Deviation:
-    """What is different, and the verdict if it is so in the leaf, in the authority between, or in
-    the root."""
+    """What is different, and the verdict if it is so in the leaf, in the intermediate authority, or
+    in the root."""
 
     name: str
     change: dict[str, Any]
-    leaf: No | type | None = int  # int: there is no such case
+    leaf: No | type | None = int  # int: this case does not exist
     middle: No | type | None = int
     root: No | type | None = int
 
@@ -172,8 +171,8 @@ ANYWHERE = [
     d("not valid yet", No(r"is not valid yet \(not before 20", "certificate expired"),
       No(r"is not valid yet \(not before 20", "certificate expired"), No(r"is not valid yet \(not before 20", "certificate expired"),
       since=HOUR, until=2 * HOUR),
-    d("a critical extension of nobody's", No(CRITICAL), BAD_CA(CRITICAL), BAD_CA(CRITICAL), extra=(("1.3.6.1.4.1.99999.1", True, NULL),)),
-    d("an extension of nobody's", OK, OK, OK, extra=(("1.3.6.1.4.1.99999.1", False, NULL),)),
+    d("an unknown critical extension", No(CRITICAL), BAD_CA(CRITICAL), BAD_CA(CRITICAL), extra=(("1.3.6.1.4.1.99999.1", True, NULL),)),
+    d("an unknown extension", OK, OK, OK, extra=(("1.3.6.1.4.1.99999.1", False, NULL),)),
     d("critical policies", No(CRITICAL), BAD_CA(CRITICAL), BAD_CA(CRITICAL),
       extra=(("2.5.29.32", True, bytes.fromhex("300630040602551d")),)),
     d("policies", OK, OK, OK, extra=(("2.5.29.32", False, bytes.fromhex("300630040602551d")),)),
@@ -313,7 +312,7 @@ def limited_names() -> Iterator[Case]:
 
 
 def possible(case: Case) -> bool:
-    """AWS-LC makes no keys of this kind, and reads none."""
+    """AWS-LC does not support keys of this kind."""
     return not (AWS_LC and any(profile.key == "Ed448" for profile in case[1]))
 
 
@@ -367,7 +366,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 
 
 def presenting(method: int, chain: list[Made], trusted: x509.Certificate) -> SSL.Context:
-    """A context that shows anything."""
+    """A context that presents any chain."""
     made = SSL.Context(method)
     made.set_min_proto_version(SSL.TLS1_3_VERSION)
     if not AWS_LC:
@@ -386,8 +385,8 @@ def presenting(method: int, chain: list[Made], trusted: x509.Certificate) -> SSL
 async def shown_to(
     identity: Identity, context: SSL.Context, *, dialling: bool
 ) -> tuple[TLSStream | Exception, TLSStream | Exception]:
-    """(the judge's end, the other end) of a handshake in which the other shows what `context` has.
-    `dialling`: it is the client."""
+    """(the verifying end, the other end) of a handshake in which the other presents what `context`
+    has. `dialling`: it is the client."""
     left, right = pair()
     verify: Verify = (
         identity.verify_chain if dialling else partial(identity.verify_chain, expected=PEER)
@@ -407,7 +406,7 @@ async def shown_to(
     async def shows() -> TLSStream:
         if dialling:
             stream = await tls_client(left, context, offer, verify=None, timeout=20)
-            await stream.receive_some()  # in TLS 1.3 a client hears of a refusal only here
+            await stream.receive_some()  # in TLS 1.3 a client gets a refusal only here
         else:
             stream = await tls_server(left, context, verify=None, timeout=20)
         return stream
@@ -428,14 +427,14 @@ async def test_a_chain_is_judged_in_the_handshake(judge: Judge, case: Case, show
     if name.startswith("root") and isinstance(
         refused := loading(partial(judge.identity, chain[0])), MaterialError
     ):
-        assert verdict is not None  # a root that is not taken in the first place
+        assert verdict is not None  # a root that cannot be loaded
         assert re.search(f"{verdict.words}|weak trust root", str(refused))
         return
     identity = judge.identity(chain[0])
     method = SSL.TLS_CLIENT_METHOD if dialling else SSL.TLS_SERVER_METHOD
     try:
         context = presenting(method, chain, judge.own.certificate)
-    except SSL.Error:  # AWS-LC does not even show it; the next test has those
+    except SSL.Error:  # AWS-LC does not even present it; the next test covers that
         assert verdict is not None
         assert verdict.by_presenter or verdict.words == NO_SIGNATURE
         return
@@ -447,7 +446,7 @@ async def test_a_chain_is_judged_in_the_handshake(judge: Judge, case: Case, show
         return
     if (
         verdict.by_presenter
-    ):  # we offer no signature that its key can make: it says so itself, or shows nothing
+    ):  # we offer no signature that its key can make: it reports that itself, or presents nothing
         assert isinstance(ours, TLSFailed), ours
         assert isinstance(theirs, TLSFailed), theirs
         assert ours.kind != "certificate" or re.search(
@@ -472,7 +471,7 @@ UNSIGNING = [case for case in CASES if case[2] is not None and case[2].words == 
 async def test_a_key_that_may_not_sign_proves_nothing(
     judge: Judge, tmp_path: Path, case: Case, shows: str
 ) -> None:
-    """Shown by a peer that shares no library with us."""
+    """Presented by a peer that shares no library with us."""
     chain = make(case[1])
     assert case[2] is not None
     identity = judge.identity(chain[0])
@@ -512,6 +511,6 @@ def test_a_proxy_does_not_start_with_a_chain_that_its_peers_refuse(
 ) -> None:
     name, profiles, verdict = case
     if verdict is not None and verdict.words.startswith("which is not of the trust domain"):
-        return  # which one is ours is a matter of the configuration
+        return  # the configuration decides which one is ours
     loaded = loading(partial(judge.own_material, make(profiles)))
     assert isinstance(loaded, Identity if verdict is None else MaterialError), (name, loaded)

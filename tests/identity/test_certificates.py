@@ -1,9 +1,8 @@
 """Issuing and describing: the profile of an X.509-SVID, lifetimes that make sense, and keys that
 only their owner can read.
 
-What is issued is what our own loading and OpenSSL accept; a root vouches for its trust domain only;
-nothing outlives its root.
-"""
+What is issued is accepted by the proxy's own loading and by OpenSSL. A root issues for its trust
+domain only. Nothing outlives its root."""
 
 import argparse
 import os
@@ -109,7 +108,7 @@ def test_a_certificate_never_begins_before_its_root():
         (spiffe("cart"), timedelta(hours=1), timedelta(days=-1), "not yet valid"),
     ],
 )
-def test_what_makes_no_sense_is_not_issued(identity, lifetime, later, complaint):
+def test_senseless_certificates_are_not_issued(identity, lifetime, later, complaint):
     root = issue.make_root(DOMAIN, now=NOW)
     with pytest.raises(IssueError, match=complaint):
         issue.issue(root, identity, lifetime, now=NOW + later)
@@ -170,7 +169,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["key.pem"]
 
 
-def test_a_description_is_in_words():
+def test_a_description_is_plain_text():
     root = issue.make_root(DOMAIN, now=NOW)
     leaf = issue.issue(root, spiffe("cart"), now=NOW).certificate
     words = dict(describe(leaf, NOW + timedelta(hours=12)))

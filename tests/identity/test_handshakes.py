@@ -1,8 +1,7 @@
-"""Handshakes on real sockets between contexts of real identities: what is agreed, who gets nowhere,
-and what is resumed.
+"""Handshakes on real sockets between contexts of real identities: what is negotiated, what is
+rejected, and what is resumed.
 
-A ticket never outlives the trust under which it was issued.
-"""
+A ticket never outlives the trust under which it was issued."""
 
 import time
 
@@ -42,7 +41,7 @@ def test_a_chain_with_an_intermediate_is_sent_whole(cart, checkout, root):
     cart.write(issue.issue(middle, cart.id), [root])
     assert "unable to get local issuer" in refusal(cart)[1]
     with cart.files.certificate.open("ab") as file:
-        # Some issuers add the root as well: it is not sent, each peer has it.
+        # Some issuers add the root as well. It is not sent, because each peer has it.
         file.write(middle.certificate_pem + root.certificate_pem)
     with handshake(checkout.identity().client_context, cart.identity().server_context) as (
         client,
@@ -92,7 +91,7 @@ def test_unknown_offers_end_the_handshake(cart, checkout):
         pass
 
 
-def test_a_client_without_a_certificate_gets_nowhere(checkout):
+def test_a_client_without_a_certificate_is_rejected(checkout):
     anonymous = SSL.Context(SSL.TLS_CLIENT_METHOD)
     with (
         pytest.raises(SSL.Error, match=r"(?i)peer.did.not.return.a.certificate"),
@@ -101,7 +100,7 @@ def test_a_client_without_a_certificate_gets_nowhere(checkout):
         pass
 
 
-def test_tls_1_2_gets_nowhere(checkout):
+def test_tls_1_2_is_rejected(checkout):
     old = SSL.Context(SSL.TLS_CLIENT_METHOD)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
     with (
@@ -140,7 +139,7 @@ def test_a_session_is_resumed_and_the_peer_still_has_a_name(cart, checkout):
         assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == ours.id
 
 
-def test_a_ticket_dies_with_the_material_and_open_connections_go_on(cart, checkout, root):
+def test_a_ticket_ends_with_the_credentials_and_open_connections_continue(cart, checkout, root):
     ours, theirs = cart.identity(), checkout.identity()
     with handshake(ours.client_context, theirs.server_context) as (client, server):
         session = client.get_session()

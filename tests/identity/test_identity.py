@@ -1,8 +1,7 @@
-"""The living identity: loading checks everything, reloading is all or nothing, peers are judged on
-every connection.
+"""The identity of a running proxy: loading checks everything, a reload changes all or nothing,
+peers are verified on every connection.
 
-Broken material keeps what was there, and is reported once a change.
-"""
+Invalid files leave what was loaded before, and are reported once for each change."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -131,7 +130,7 @@ def test_a_file_that_never_ends_does_not_stop_the_process(cart):
     assert refusal(cart) == ("key.pem", "is not a regular file")
 
 
-def test_looking_again_and_again_at_what_is_no_file_leaves_nothing_open(cart):
+def test_repeated_reads_of_what_is_not_a_file_leave_nothing_open(cart):
     identity = cart.identity()
     cart.files.key.unlink()
     cart.files.key.mkdir()
@@ -155,7 +154,7 @@ def test_a_key_of_another_certificate_is_refused(cart, root):
     assert "does not belong to the certificate" in reason
 
 
-def test_an_encrypted_key_is_refused_in_words(cart, root):
+def test_an_encrypted_key_is_refused_with_a_message(cart, root):
     issued = cart.renew(root)
     encryption = serialization.BestAvailableEncryption(b"secret")
     data = issued.key.private_bytes(
@@ -165,7 +164,7 @@ def test_an_encrypted_key_is_refused_in_words(cart, root):
     assert "encrypted" in refusal(cart)[1]
 
 
-def test_a_key_that_everybody_can_read_is_a_warning(cart):
+def test_a_world_readable_key_is_a_warning(cart):
     cart.files.key.chmod(0o644)
     (warning,) = cart.identity().warnings
     assert "every user" in warning
@@ -180,7 +179,7 @@ def test_a_certificate_of_a_strange_root_is_refused(cart):
     assert "unable to get local issuer" in reason
 
 
-def test_an_expired_and_an_early_certificate_are_refused_in_words(cart):
+def test_an_expired_and_an_early_certificate_are_refused_with_a_message(cart):
     clock = Clock()
     clock.now += 2 * DAY
     assert "expired on" in refusal(cart, clock=clock)[1]
@@ -261,7 +260,7 @@ def test_a_weak_intermediate_is_refused_by_its_owner(cart, root, weak):
     assert "weak intermediate certificate" in reason
 
 
-def test_a_workloads_certificate_is_no_trust_root(cart, root):
+def test_a_workloads_certificate_is_not_a_trust_root(cart, root):
     cart.write_roots(issue.issue(root, spiffe("cart")))
     where, reason = refusal(cart)
     assert where == "roots.pem"
@@ -290,8 +289,8 @@ def test_an_expired_root_among_valid_ones_is_left_out_with_a_warning(cart, root)
 
 
 def test_a_root_handed_out_ahead_of_its_time_counts_when_it_begins(cart, root):
-    """The files do not change on that day, so the root must be there from the start; OpenSSL looks
-    at its dates in each handshake."""
+    """The files do not change on that day, so the root must be loaded from the start. OpenSSL
+    checks its dates in each handshake."""
     coming = issue.make_root(DOMAIN, now=datetime.now(UTC) + DAY)
     cart.write_roots(coming, root)
     identity = cart.identity()
@@ -302,7 +301,7 @@ def test_a_root_handed_out_ahead_of_its_time_counts_when_it_begins(cart, root):
 
 
 def test_an_authority_that_is_not_self_signed_may_be_a_trust_root(cart, checkout, root):
-    """SPIFFE bundles hold such ones, and then nothing above it is needed or trusted."""
+    """SPIFFE bundles contain such ones. Then nothing above it is needed or trusted."""
     middle = authority(root)
     for member in (cart, checkout):
         member.write(issue.issue(middle, member.id), [middle])
@@ -435,7 +434,7 @@ def test_expiry_is_said_once_at_each_threshold(cart, root):
     assert identity.expiry_warnings() == []
 
 
-def test_who_starts_late_hears_the_last_warning_only_and_a_new_certificate_starts_anew(cart, root):
+def test_a_late_start_logs_only_the_last_warning_and_a_new_certificate_starts_again(cart, root):
     clock = Clock()
     old_root = issue.make_root(DOMAIN, now=clock.now - DAY)
     cart.renew(old_root, timedelta(hours=10), now=clock.now - timedelta(hours=9, minutes=30))
@@ -459,7 +458,7 @@ def test_a_root_that_ends_soon_is_warned_about_too(tmp_path):
 
 
 async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autojump_clock, nursery):
-    """As Kubernetes does it: the files are links into ..data, which is a link that is swapped in
+    """As Kubernetes does it: the files are links into ..data, which is a link that is replaced in
     one step."""
     versions = [workload(tmp_path / f"..v{number}", "cart", root) for number in (1, 2)]
     mount = tmp_path / "mount"
@@ -473,15 +472,15 @@ async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autoj
     log = Log()
     nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
     await trio.sleep(35)
-    assert log.said == []
+    assert log.reports == []
     (mount / "..new").symlink_to(versions[1].directory)
     (mount / "..new").replace(mount / "..data")
     await trio.sleep(10)
-    assert log.said == [("changed", 2)]
+    assert log.reports == [("changed", 2)]
     nursery.cancel_scope.cancel()
 
 
-async def test_the_watcher_reports_broken_files_once_and_takes_up_mended_ones(
+async def test_the_watcher_reports_broken_files_once_and_loads_repaired_ones(
     cart, root, autojump_clock, nursery
 ):
     identity = cart.identity()
@@ -492,11 +491,11 @@ async def test_the_watcher_reports_broken_files_once_and_takes_up_mended_ones(
     await trio.sleep(50)
     cart.renew(root)
     await trio.sleep(50)
-    assert log.said == [("failed", "certificate.pem"), ("changed", 2)]
+    assert log.reports == [("failed", "certificate.pem"), ("changed", 2)]
     nursery.cancel_scope.cancel()
 
 
-async def test_the_watcher_takes_up_material_that_becomes_valid_by_itself(
+async def test_the_watcher_loads_credentials_when_they_become_valid(
     cart, root, autojump_clock, nursery
 ):
     clock = Clock()
@@ -506,10 +505,10 @@ async def test_the_watcher_takes_up_material_that_becomes_valid_by_itself(
     await trio.sleep(5)
     cart.renew(root, now=clock.now + timedelta(hours=1))
     await trio.sleep(50)
-    assert log.said == [("failed", "certificate.pem")]
+    assert log.reports == [("failed", "certificate.pem")]
     clock.now += timedelta(hours=2)
     await trio.sleep(10)
-    assert log.said[1:] == [("changed", 2)]
+    assert log.reports[1:] == [("changed", 2)]
     nursery.cancel_scope.cancel()
 
 
@@ -520,7 +519,7 @@ async def test_the_watcher_warns_before_the_end(cart, autojump_clock, nursery):
     await trio.sleep(15)
     clock.now += timedelta(hours=20)
     await trio.sleep(30)
-    ((kind, sentence),) = log.said
+    ((kind, sentence),) = log.reports
     assert kind == "warned"
     assert "our certificate ends in 3 hours" in sentence
     nursery.cancel_scope.cancel()

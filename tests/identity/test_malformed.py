@@ -1,11 +1,10 @@
-"""Malformed files: whatever bytes stand in a certificate, key or root file, they are refused in
-words and nothing stops.
+"""Malformed files: whatever bytes a certificate, key or root file has, they are refused with a
+message and nothing stops.
 
-A parser is lazy, two libraries read the same certificate with different strictness, and an error
-that neither of them is known to raise would end the process that looks at the files. So bytes of
-good files are changed, singly and at random but with a seed, and the outcome is a MaterialError or
-success, and nothing else; what was in use stays in use.
-"""
+A parser is lazy, two libraries read the same certificate with different strictness, and an
+undocumented error of either would end the process that reads the files. So bytes of good files are
+changed, singly and at random with a seed. The outcome is a MaterialError or success, and nothing
+else. What was in use stays in use."""
 
 import base64
 import random
@@ -35,8 +34,8 @@ def armoured(der, label=CERTIFICATE):
 
 
 def edited(issued, old, new):
-    """The certificate in PEM with some of its bytes replaced; its signature is wrong then, which
-    nobody has looked at yet."""
+    """The certificate in PEM with some of its bytes replaced. Then its signature is wrong, which is
+    not checked at this point."""
     der = issued.certificate.public_bytes(Encoding.DER)
     assert old in der
     assert len(old) == len(new)
@@ -44,7 +43,7 @@ def edited(issued, old, new):
 
 
 class Damage(NamedTuple):
-    """Bytes of a root to be replaced, and words of the complaint."""
+    """Bytes of a root to be replaced, and a part of the message."""
 
     old: bytes
     new: bytes
@@ -54,9 +53,9 @@ class Damage(NamedTuple):
         return edited(root, self.old, self.new)
 
 
-# OpenSSL refuses the first, the library that shows certificates the second, with an error of its
-# own kind. Then subjects whose text is of another type, or of a type that only one attribute may
-# have; a date; and extensions, which are parsed when they are asked for.
+# OpenSSL refuses the first; the library that shows certificates refuses the second, with an error
+# of its own type. Then subjects whose text is of another type, or of a type that only one attribute
+# may have; a date; and extensions, which are parsed on access.
 DAMAGES = [
     Damage(b"mesh.test root", b"\xff\xfesh.test root", "invalid utf8string"),
     Damage(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x2b", "43 is not a valid X509 version"),
@@ -73,7 +72,7 @@ def damage(request):
     return request.param
 
 
-def test_a_malformed_root_beside_good_ones_is_refused_in_words(cart, damage):
+def test_a_malformed_root_beside_good_ones_is_refused_with_a_message(cart, damage):
     identity = cart.identity()
     context = identity.server_context
     with cart.files.roots[0].open("ab") as file:
@@ -100,9 +99,9 @@ def test_the_malformed_one_of_several_is_counted_out(cart, root):
         cart.identity()
 
 
-def test_an_odd_root_that_is_well_formed_is_taken_without_a_word(cart, root):
-    """The library warns that it will refuse a negative serial number one day; a warning would be
-    lines on standard error."""
+def test_an_unusual_root_that_is_well_formed_is_accepted_silently(cart, root):
+    """The library warns that it will refuse a negative serial number in the future. A warning would
+    be lines on standard error."""
     number = root.certificate.serial_number
     written = number.to_bytes(number.bit_length() // 8 + 1, "big")
     with warnings.catch_warnings():
@@ -114,7 +113,7 @@ def test_an_odd_root_that_is_well_formed_is_taken_without_a_word(cart, root):
 
 
 def mutated(rng, data):
-    """Most damages are to one byte, some to two or three, some are a gap or something put in."""
+    """Most changes are to one byte, some to two or three; some remove or insert bytes."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         place, kind = rng.randrange(len(found)), rng.random()
@@ -128,8 +127,8 @@ def mutated(rng, data):
 
 
 def attempt(identity):
-    """Takes up what is in the files, or gives the error that says why not; then reads what the
-    process reads of what is in use."""
+    """Loads the files, or returns the error with the reason. Then reads what the process reads of
+    the loaded identity."""
     refusal = None
     try:
         identity.reload()
@@ -146,7 +145,7 @@ def attempt(identity):
 @pytest.mark.parametrize("which", ["certificate", "key", "roots", "further root"])
 @pytest.mark.parametrize(("form", "rounds"), [("DER", 650), ("PEM", 250)])
 def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rounds):
-    """Seeded; the keys are fresh, so what fails is shown with the error."""
+    """Seeded. The keys are new in each run, so a failure shows its bytes."""
     issued = cart.renew(root)
     path = {"certificate": cart.files.certificate, "key": cart.files.key}.get(
         which, cart.files.roots[0]
@@ -186,17 +185,17 @@ async def test_a_running_watch_survives_a_malformed_root(
     cart, root, damage, autojump_clock, nursery
 ):
     identity, log = cart.identity(), Log()
-    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.said.append)
+    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.reports.append)
     await trio.sleep(15)
     with cart.files.roots[0].open("ab") as file:
         file.write(damage.done_to(issue.make_root(DOMAIN)))
     await trio.sleep(50)
-    assert log.said == [("failed", "roots.pem")]
+    assert log.reports == [("failed", "roots.pem")]
     assert identity.generation == 1
     assert identity.failures == 1
     cart.write_roots(root, issue.make_root(DOMAIN))
     await trio.sleep(10)
-    assert log.said == [("failed", "roots.pem"), ("changed", 2)]
+    assert log.reports == [("failed", "roots.pem"), ("changed", 2)]
     nursery.cancel_scope.cancel()
 
 
@@ -216,7 +215,9 @@ def test_a_proxy_does_not_start_with_a_malformed_file_and_says_so_in_one_line(
     assert f"{cart.directory / name}: holds a certificate that cannot be parsed: " in line
 
 
-def test_show_says_what_is_malformed_and_goes_on_to_the_next_file(tmp_path, root, damage, capsys):
+def test_show_reports_what_is_malformed_and_continues_with_the_next_file(
+    tmp_path, root, damage, capsys
+):
     broken, good = tmp_path / "broken.pem", tmp_path / "good.pem"
     files.write_public(broken, damage.done_to(root))
     files.write_public(good, issue.issue(root, spiffe("cart")).certificate_pem)
@@ -260,7 +261,8 @@ def test_a_root_whose_parts_are_malformed_issues_nothing(tmp_path, root, capsys)
 
 
 def test_lifetimes_far_beyond_a_hundred_years_are_described(cart, root):
-    """GeneralizedTime goes to the year 9999; words about what is left must not overflow."""
+    """GeneralizedTime ends with the year 9999; the text about the remaining time must not
+    overflow."""
     der = root.certificate.public_bytes(Encoding.DER)
     start = der.index(b"\x17\x0d", der.index(b"\x17\x0d") + 1)
     longer = b"\x18\x0f99991231235959Z"

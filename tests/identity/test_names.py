@@ -1,10 +1,9 @@
-"""SPIFFE IDs and patterns: what is read is exactly one name, and every refusal says which part is
+"""SPIFFE IDs and patterns: a text is read as exactly one name, and every refusal says which part is
 wrong.
 
-A text is accepted only if it is the canonical form of an identity of this mesh; parsing and
-printing are inverse; each accepted identity has a legal DNS form. A pattern matches what it says
-and nothing beside it.
-"""
+A text is accepted only if it is the canonical form of an identity of this mesh. Parsing and
+printing are inverse. Each accepted identity has a legal DNS form. A pattern matches exactly what it
+describes."""
 
 import re
 import string
@@ -121,7 +120,7 @@ def test_whatever_is_accepted_is_canonical(noise, at):
         ("spiffe://mesh.test/*", GOOD, "spiffe://mesh.test.attacker.test/ns/shop/sa/checkout"),
     ],
 )
-def test_a_pattern_matches_what_it_says(pattern, matching, other):
+def test_a_pattern_matches_exactly_what_it_describes(pattern, matching, other):
     parsed = IdentityPattern.parse(pattern)
     assert parsed.matches(SpiffeId.parse(matching))
     assert not parsed.matches(SpiffeId.parse(other))
@@ -129,7 +128,7 @@ def test_a_pattern_matches_what_it_says(pattern, matching, other):
 
 
 @given(identities)
-def test_a_bare_star_matches_everybody(identity):
+def test_a_bare_star_matches_every_identity(identity):
     assert IdentityPattern.parse("*").matches(identity)
 
 

@@ -1,9 +1,8 @@
 """Datagrams as a Jaeger agent receives them, decoded with the Thrift code of the exporter's own
 package.
 
-Runs in the environment of the extra (`make jaeger`), whose OpenTelemetry is older than everybody
-else's. The proxies here are real ones.
-"""
+Runs in the environment of the extra (`make jaeger`), whose OpenTelemetry is older than that of all
+other tests. The proxies here are real ones."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ from tracing.resource import About, Resource
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
-)  # it has been retired, and says so
+)  # it is deprecated, and warns about that
 
 
 class JaegerAgent:
@@ -82,7 +81,7 @@ def tags(thing: Any) -> dict[str, object]:
 
 
 def identifier(number: int, digits: int) -> str:
-    """Thrift's numbers have signs."""
+    """Thrift's integers are signed."""
     return f"{number % 2**64:0{digits}x}"
 
 

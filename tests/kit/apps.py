@@ -1,9 +1,8 @@
 """Whole proxies in this process, each with an identity of its own, and applications behind them: on
 loopback, with real sockets.
 
-Ports are drawn by the kernel, so what points at a proxy is written down when that one runs already:
-servers first, clients last.
-"""
+The kernel chooses the ports. So a configuration that refers to a proxy is written when that proxy
+runs: servers first, clients last."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import trio
 
 from proxy.app import App
 from proxy.config.load import load
-from proxy.identity.issue import issue, make_root
+from proxy.identity.issue import WORKLOAD_LIFETIME, issue, make_root
 from proxy.identity.spiffe import SpiffeId
 from proxy.telemetry.metrics import Metrics
 
@@ -29,7 +29,7 @@ Application = Callable[[trio.SocketStream], Awaitable[None]]
 
 @asynccontextmanager
 async def application(serve: Application, host: str = HOST) -> AsyncIterator[int]:
-    """A TCP server; the port it listens on."""
+    """A TCP server; yields its port."""
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host=host)
         await nursery.start(trio.serve_listeners, serve, [listener])
@@ -51,12 +51,13 @@ async def mirror(stream: trio.SocketStream) -> None:
 
 @dataclass
 class Fleet:
-    """Proxies of one trust domain, whose files lie in `folder`. `watching`: further settings of the
-    section `directory`."""
+    """Proxies of one trust domain, whose files are in `folder`. `watching`: further settings of the
+    section `directory`. `lifetimes`: of certificates, by name, if they are not the usual ones."""
 
     folder: Path
     root: Any = field(default_factory=lambda: make_root("cluster.local"))
     watching: dict[str, Any] = field(default_factory=dict)
+    lifetimes: dict[str, timedelta] = field(default_factory=dict)
 
     @staticmethod
     def identity(name: str) -> str:
@@ -64,7 +65,8 @@ class Fleet:
 
     def material(self, name: str) -> dict[str, Any]:
         """Settings for the identity of `name`."""
-        leaf = issue(self.root, SpiffeId.parse(self.identity(name)))
+        who = SpiffeId.parse(self.identity(name))
+        leaf = issue(self.root, who, self.lifetimes.get(name, WORKLOAD_LIFETIME))
         place = self.folder / name
         place.mkdir(exist_ok=True)
         for kind, pem in (
@@ -78,7 +80,7 @@ class Fleet:
             "certificate": str(place / "certificate.pem"),
             "key": str(place / "key.pem"),
             "roots": [str(place / "roots.pem")],
-            "settle": "0s",  # files are written whole here
+            "settle": "0s",  # files are written as a whole here
         }
 
     def direct(self, directory: dict[str, Any], name: str) -> None:
@@ -92,7 +94,7 @@ class Fleet:
     async def running(
         self, name: str, directory: dict[str, Any] | None = None, **settings: Any
     ) -> AsyncIterator[App]:
-        """A proxy with these settings; other listeners than those that are named are off."""
+        """A proxy with these settings. Listeners that are not named are off."""
         async with self.running_from(self.configure(name, directory, **settings)) as app:
             yield app
 
@@ -136,8 +138,8 @@ class Fleet:
     def tls(
         self, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
     ) -> tuple[ssl.SSLContext, str]:
-        """What `me` opens mutual TLS to `them` with: a context, and the server's name. `roots`:
-        whom it trusts, if not its own root."""
+        """A context with which `me` opens mutual TLS to `them`, and the server's name. `roots`: the
+        roots that it trusts, if not its own."""
         paths = self.material(me)
         context = ssl.create_default_context(cadata=(roots or self).root.certificate_pem.decode())
         context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
@@ -148,21 +150,21 @@ class Fleet:
     async def meet(
         self, app: App, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
     ) -> trio.SSLStream[trio.SocketStream]:
-        """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what
-        a peer says there is up to the test. `roots`: whom it trusts, if not its own root."""
+        """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`. The
+        test decides what the peer sends. `roots`: the roots that it trusts, if not its own."""
         context, name = self.tls(me, them, roots=roots, alpn=alpn)
-        raw = await trio.open_tcp_stream(HOST, way_in(app))
+        raw = await trio.open_tcp_stream(HOST, inbound_port(app))
         stream = trio.SSLStream(raw, context, server_hostname=name, https_compatible=True)
         await stream.do_handshake()
         return stream
 
 
-def way_in(app: App) -> int:
+def inbound_port(app: App) -> int:
     """The port of a sidecar's inbound side, or of a gateway."""
     port: int = app.listeners.inbound[0].getsockname()[1]
     return port
 
 
-def way_out(app: App) -> int:
+def outbound_port(app: App) -> int:
     port: int = app.listeners.outbound[0].getsockname()[1]
     return port

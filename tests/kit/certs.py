@@ -1,9 +1,8 @@
-"""A small certificate authority for tests: right certificates, and wrong ones in every way that
-matters.
+"""A small certificate authority for tests: right certificates, and wrong ones in every relevant
+way.
 
-Everything is ECDSA P-256 and made in memory; `Credential.write` puts it on disk for peers that want
-files (openssl, ssl).
-"""
+Everything is ECDSA P-256 and made in memory. `Credential.write` writes it to disk for peers that
+need files (openssl, ssl)."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class Credential:
         )
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write NAME.crt and NAME.key; give their paths."""
+        """Write NAME.crt and NAME.key; returns their paths."""
         certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
         certificate.write_bytes(self.certificate_pem)
         key.write_bytes(self.key_pem)
@@ -104,7 +103,7 @@ class Authority:
 
 
 def self_signed(uri: str) -> Credential:
-    """A leaf that nobody vouches for but itself."""
+    """A leaf that only itself has signed."""
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder(_common_name("nobody"), _common_name("nobody"), key, (-HOUR, HOUR))
     builder = builder.add_extension(
@@ -117,7 +116,8 @@ def self_signed(uri: str) -> Credential:
 def signed_with_sha1(
     certificate: x509.Certificate, issuer: ec.EllipticCurvePrivateKey
 ) -> x509.Certificate:
-    """The same, with a signature that can be forged. cryptography does not make such any more."""
+    """The same, with a signature that can be forged. cryptography no longer makes such
+    signatures."""
     forgeable = crypto.X509.from_cryptography(certificate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -160,8 +160,8 @@ def context(
     roots: tuple[x509.Certificate, ...],
     alpn: tuple[bytes, ...] = (),
 ) -> SSL.Context:
-    """A context such as the mesh uses: TLS 1.3 only, mutual, tickets on; `alpn` is what a server
-    takes, by its own preference."""
+    """A context such as the mesh uses: TLS 1.3 only, mutual, tickets on. `alpn` is what a server
+    accepts, by its own preference."""
     made = SSL.Context(method)
     made.set_min_proto_version(SSL.TLS1_3_VERSION)
     if credential is not None:

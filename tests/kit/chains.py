@@ -1,5 +1,5 @@
-"""Chains of certificates with one thing wrong: a profile for each certificate, and what is made of
-it."""
+"""Chains of certificates with one thing wrong: a profile for each certificate, and the certificates
+built from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _USAGES = (
 
 @lru_cache
 def key_of(kind: str) -> Any:
-    """A key by its name; one for each name, since those of RSA take long."""
+    """A key by its name. One for each name, because RSA keys take long."""
     kind = kind.partition(" ")[0]
     if kind.startswith("RSA"):
         return rsa.generate_private_key(65537, int(kind[3:]))
@@ -41,7 +41,7 @@ def key_of(kind: str) -> Any:
 
 @dataclass(frozen=True)
 class Profile:
-    """What stands in a certificate. An authority has `ca`; None: no basic constraints."""
+    """The contents of a certificate. An authority has `ca`; None: no basic constraints."""
 
     name: str = ""  # the common name
     key: str = "SECP256R1"
@@ -139,7 +139,7 @@ def _make(profile: Profile, issuer: Made | None) -> Made:
 def _altered(
     certificate: x509.Certificate, signing: ec.EllipticCurvePrivateKey, profile: Profile
 ) -> x509.Certificate:
-    """The same with other bytes in it, and a signature that is right for them."""
+    """The same with other bytes in it, and a valid signature of them."""
     body = certificate.tbs_certificate_bytes
     assert profile.bad in body
     assert len(profile.bad) == len(profile.by)

@@ -18,14 +18,16 @@ from control.contract import Hint, SpiffeId
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
 from proxy.config.schema_files import ControlPlaneConfig
+from proxy.directory.channel.connector import Connector, Dial
 from proxy.directory.channel.messages import ALPN, Hello
-from proxy.directory.channel.source import ControlSource, Dial
+from proxy.directory.channel.source import ControlSource
 from proxy.directory.former_identities import FormerIdentities
 from proxy.identity.identity import Identity, MaterialFiles, TLSSettings
 from proxy.identity.issue import Issued, issue, make_root
 from proxy.net.accept import Acceptor, Connection, bind
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
+from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client, tls_server
 
 DOMAIN = "cluster.local"
@@ -88,6 +90,7 @@ class Workshop:
     folder: Path
     root: Issued = field(default_factory=lambda: make_root(DOMAIN))
     catalog: Entries = field(default_factory=Entries)
+    expiries: Expiries = field(default_factory=lambda: Expiries(10.0, lambda _: None))
     opened: list[TLSStream] = field(default_factory=list)
     _made: int = 0
 
@@ -97,13 +100,18 @@ class Workshop:
             stream.close()
 
     def identity(
-        self, name: SpiffeId, *roots: Issued, of: Issued | None = None, control: bool = False
+        self,
+        name: SpiffeId,
+        *roots: Issued,
+        of: Issued | None = None,
+        control: bool = False,
+        lifetime: timedelta = timedelta(hours=1),
     ) -> Identity:
-        """An identity that `of` has issued, and that trusts `roots` beside our own."""
+        """An identity that `of` has issued. It trusts `roots` in addition to its own."""
         self._made += 1
         place = self.folder / f"identity-{self._made}"
         place.mkdir()
-        leaf = issue(of or self.root, name, timedelta(hours=1))
+        leaf = issue(of or self.root, name, lifetime)
         for kind, pem in (
             ("certificate", leaf.certificate_pem),
             ("key", leaf.key_pem),
@@ -123,7 +131,7 @@ class Workshop:
     async def control(
         self, *roots: Issued, port: int = 0, catalog: Catalog | None = None, **limits: Any
     ) -> AsyncIterator[tuple[Channel, int]]:
-        """A replica; its port."""
+        """A replica; yields its port."""
         identity = self.identity(CONTROL, *roots, control=True)
         known = catalog if catalog is not None else self.catalog
         channel = Channel(known, identity, ChannelLimits(**limits), About("replica"))
@@ -133,7 +141,14 @@ class Workshop:
             yield channel, listener.getsockname()[1]
             nursery.cancel_scope.cancel()
 
-    def source(self, port: int, *, dial: Dial | None = None, **settings: Any) -> ControlSource:
+    def source(
+        self,
+        port: int,
+        *,
+        dial: Dial | None = None,
+        identity: Identity | None = None,
+        **settings: Any,
+    ) -> ControlSource:
         """A proxy's end. It runs when `run` is started."""
         config = ControlPlaneConfig(
             **{
@@ -147,13 +162,12 @@ class Workshop:
         return ControlSource(
             config,
             Hello("node-1", "zone-1", "web-0"),
-            self.identity(WEB),
-            dial or Dialer().dial,
+            Connector(identity or self.identity(WEB), dial or Dialer().dial, self.expiries),
             FormerIdentities(600.0, 100),
         )
 
     async def peer(self, port: int, identity: Identity) -> TLSStream:
-        """A connection to the control plane that says nothing yet."""
+        """A connection to the control plane that sends nothing yet."""
         stream = await tls_client(
             await Dialer().dial(Address(LOOPBACK, port)),
             identity.client_context,
@@ -165,7 +179,7 @@ class Workshop:
         return stream
 
     async def anonymous_peer(self, port: int) -> TLSStream:
-        """Connect to a replica without a certificate; the caller closes nothing."""
+        """Connect to a replica without a certificate. The caller need not close it."""
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         stream = await tls_client(
             await Dialer().dial(Address(LOOPBACK, port)),
@@ -181,7 +195,7 @@ class Workshop:
     async def impostor(
         self, serve: Callable[[TLSStream], Awaitable[None]], name: SpiffeId = CONTROL
     ) -> AsyncIterator[int]:
-        """A server with a certificate of the mesh that is not the control plane's program; its
+        """A server with a certificate of the mesh that is not the control plane; yields its
         port."""
         identity = self.identity(name, control=True)
 

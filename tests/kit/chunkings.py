@@ -1,5 +1,5 @@
-"""The ways in which one stream of bytes can arrive. A reader that gives another answer for another
-way is wrong."""
+"""The ways in which one stream of bytes can arrive. A reader must give the same result for all of
+them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def at_random(data: bytes, seed: int, pieces: int = 8) -> list[bytes]:
 
 
 def every_way(data: bytes, run: Callable[[list[bytes]], T]) -> T:
-    """What `run` makes of `data` in pieces; asserts that it is the same whole, byte by byte, and
-    cut at random."""
+    """The result of `run` for `data` in pieces. Asserts that it is the same whole, byte by byte,
+    and cut at random."""
     whole = run([data] if data else [])
     assert run(byte_by_byte(data)) == whole, "byte by byte"
     for seed in range(4):

@@ -11,11 +11,19 @@ from typing import Any
 
 from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import (
+    HOST,
+    Application,
+    Fleet,
+    application,
+    inbound_port,
+    mirror,
+    outbound_port,
+)
 from tests.kit.http import Message, Peer, connect
 from tests.kit.links import Link
 
-NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory knows
+NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory has
 NAMED = {"authority_networks": ["192.0.2.0/24"]}  # there the authority chooses
 QUICK = {"probe_interval": "100ms", "probe_timeout": "20s", "resolve_interval": "200ms"}
 LISTEN = {"listen": [f"{HOST}:0"]}
@@ -23,7 +31,7 @@ LISTEN = {"listen": [f"{HOST}:0"]}
 
 @dataclass
 class Clusters:
-    """All that runs. `west` is a sidecar, `server` the one of `c` in east."""
+    """All running parts. `west` is a sidecar, `server` the one of `c` in east."""
 
     fleet: Fleet
     west: App
@@ -31,7 +39,7 @@ class Clusters:
     server: App
 
     async def client(self) -> Peer:
-        return await connect(Address(HOST, way_out(self.west)))
+        return await connect(Address(HOST, outbound_port(self.west)))
 
     async def ask(self, host: str, *fields: str, target: str = "/path?x=1") -> Message:
         return await ask(await self.client(), host, *fields, target=target)
@@ -50,7 +58,7 @@ async def ask(peer: Peer, host: str, *fields: str, target: str = "/") -> Message
 
 
 def east_directory(port: int, **service: Any) -> dict[str, Any]:
-    """What the gateway of east knows: `c`, which it exports, and `hidden`, which it does not."""
+    """The directory of east's gateway: `c`, which it exports, and `hidden`, which it does not."""
     endpoint = {
         "address": HOST,
         "identity": Fleet.identity("server"),
@@ -64,8 +72,8 @@ def east_directory(port: int, **service: Any) -> dict[str, Any]:
 
 
 def west_directory(port: int, **way: Any) -> dict[str, Any]:
-    """What west knows: the gateway of east, and `db`, a service of its own that has no endpoint,
-    and is east's `c` therefore."""
+    """West's directory: the gateway of east, and `db`, a service of its own that has no endpoint,
+    and is served by east's `c` therefore."""
     ports = [{"port": 80}, {"port": 5432, "protocol": "opaque"}]
     names = [{"name": name, "ports": ports} for name in ("c", "hidden", "missing", "db")]
     gateway = {**(way or {"address": HOST}), "port": port, "identity": Fleet.identity("gateway")}
@@ -91,9 +99,9 @@ async def clusters(
     everywhere: dict[str, Any] | None = None,
     **service: Any,
 ) -> AsyncIterator[Clusters]:
-    """All of it, for west connections that go to `to`. `way`: how west's directory names the
-    gateway, if not by its address. `link`: what lies between the two. `everywhere`: settings of all
-    three. `service`: more of `c` in the directory of east."""
+    """All parts, for connections from west to `to`. `way`: how west's directory names the gateway,
+    if not by its address. `link`: what is between the two. `everywhere`: settings of all three.
+    `service`: more of `c` in the directory of east."""
     fleet, common = Fleet(folder), everywhere or {}
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -109,10 +117,13 @@ async def clusters(
         settings = {**LISTEN, "enabled": True, **(gateway or {})}
         entry = await enter(
             fleet.running(
-                "gateway", east_directory(way_in(server), **service), gateway=settings, **common
+                "gateway",
+                east_directory(inbound_port(server), **service),
+                gateway=settings,
+                **common,
             )
         )
-        gate = way_in(entry)
+        gate = inbound_port(entry)
         if link is not None:
             link.to, gate = gate, link.port
         outbound = {**LISTEN, **NAMED, "fixed_destination": to}

@@ -1,5 +1,5 @@
-"""A proxy that balances between real servers, and servers that do what they are told, one request
-after the other."""
+"""A proxy that balances between real servers, and scripted servers, which do one step for each
+request."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.kit.http import Message, Peer, Script, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
 from tests.kit.http2_peers import reserve
 
-# Seconds of real time without an event after which a MockClock jumps. It is longer than the kernel
-# delays anything between two ends of this process.
+# Seconds of real time without an event after which a MockClock jumps. It is longer than any delay
+# of the kernel between two ends of this process.
 AUTOJUMP = 0.06
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
-# Of a sidecar whose application has closed, and of one that quotes somebody.
+# Responses of a sidecar whose application has closed, and of one that quotes another proxy.
 CLOSED = (
     b"HTTP/1.1 502 x\r\nProxy-Status:"
     b' a;error=connection_terminated;details="b;error=connection_refused"\r\nContent-Length:'
     b" 0\r\n\r\n"
 )
-# Of a sidecar whose application does not listen.
-UNHEARD = (
+# The response of a sidecar whose application does not listen.
+NOT_LISTENING = (
     b"HTTP/1.1 502 Bad Gateway\r\nProxy-Status:"
     b" web-1.default.inbound;error=connection_refused\r\nContent-Length: 4\r\n\r\nnone"
 )
@@ -85,11 +85,11 @@ class Mesh:
 async def mesh(
     scripts: list[Script], rules: Policy, *, dead: int = 0, up: bytes = b"1.1"
 ) -> AsyncIterator[tuple[Mesh, list[Address]]]:
-    """A proxy to servers that run `scripts`, and to so many addresses where nobody listens."""
+    """A proxy to servers that run `scripts`, and to this number of addresses without a listener."""
     async with AsyncExitStack() as stack:
         places = [(await stack.enter_async_context(origin(script))).address for script in scripts]
         for _ in range(dead):
-            taken, place = reserve()  # so that nobody else comes to listen there
+            taken, place = reserve()  # so that no other program listens there
             stack.enter_context(taken)
             places.append(place)
         world = Mesh(
@@ -120,33 +120,36 @@ async def silent(_: Peer, __: Message) -> None:
     await trio.sleep_forever()
 
 
-def taking(steps: list[Step], heard: list[Message]) -> Script:
-    """A server that answers its requests one after the other as `steps` say, which all its
-    connections, and other servers, use up."""
+def taking(steps: list[Step], received: list[Message]) -> Script:
+    """A server that answers its requests in sequence as `steps` say. All its connections, and other
+    servers, share the steps."""
 
     async def script(peer: Peer) -> None:
         while True:
             request = await peer.request()
-            heard.append(request)
+            received.append(request)
             await steps.pop(0)(peer, request)
 
     return script
 
 
 @dataclass
-class Told:
+class Outcome:
     status: int
     body: bytes
     proxy_status: bytes
-    heard: list[Message]
+    received: list[Message]
     world: Mesh
 
 
-async def told(request: bytes, steps: list[Step], rules: str = "", *, servers: int = 2) -> Told:
-    """What a client is told if the servers, whichever is asked, do these things one after the
-    other."""
-    heard: list[Message] = []
-    async with mesh([taking(steps, heard)] * servers, policy(rules)) as (world, _):
+async def response_to(
+    request: bytes, steps: list[Step], rules: str = "", *, servers: int = 2
+) -> Outcome:
+    """The client's response if the servers, in any order, do these steps in sequence."""
+    received: list[Message] = []
+    async with mesh([taking(steps, received)] * servers, policy(rules)) as (world, _):
         client = await world.hop.connect()
         answer = await client.ask(request, request.split()[0].decode())
-        return Told(answer.status, answer.body, answer.get(b"proxy-status") or b"", heard, world)
+        return Outcome(
+            answer.status, answer.body, answer.get(b"proxy-status") or b"", received, world
+        )

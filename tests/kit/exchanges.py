@@ -1,4 +1,4 @@
-"""Exchanges for the tests of what looks at them, and carries none."""
+"""Exchanges for tests of code that inspects them without running them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from proxy.wire.messages import RequestHead
 
 
 def unanswered(head: RequestHead, facts: ConnectionInfo) -> Exchange:
-    """An exchange that nobody will answer: its server has no connection."""
+    """An exchange without a response: its server has no connection."""
     server = Http1Server(cast("Any", None), facts, ServerSettings(), Drain())
     return Http1Exchange(server, head, Whole(), now=0.0)

@@ -1,5 +1,4 @@
-"""A trust root, and two workloads of it, as fixtures for the tests that begin with those: their
-conftest.py imports them."""
+"""A trust root, and two workloads of it, as fixtures. A conftest.py imports them for its tests."""
 
 from __future__ import annotations
 

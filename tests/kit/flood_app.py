@@ -1,9 +1,8 @@
 """The application behind a proxy that is flooded, as a process: `python -m tests.kit.flood_app PORT
 WHAT`.
 
-HTTP/1 is answered at once. HTTP/2 is `answer`ed when a request has ended, or `hold`s what comes:
-streams are taken, as many as are opened, and nothing is consumed or answered.
-"""
+HTTP/1 is answered at once. HTTP/2 is `answer`ed when a request has ended, or `hold` accepts all
+streams that are opened, and consumes and answers nothing."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """A well-behaved member beside a flood, as a process: `python -m tests.kit.flood_member PORT
 ADMIN`.
 
-Asks through its own sidecar (PORT), on kept and on new connections, and asks the flooded proxy
-(ADMIN) whether it is alive, until its input ends. Then it says how often, how long the slowest
-answers took (seconds), and what failed, as JSON.
-"""
+Sends requests through its own sidecar (PORT), on kept and on new connections, and probes the
+flooded proxy (ADMIN), until its input ends. Then it prints the number of requests, how long the
+slowest responses took (seconds), and what failed, as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ PAUSE = 0.01
 PATIENCE = 30.0
 
 
-class Asked:
+class RequestStats:
     """Requests of one kind. `kept`: on one connection."""
 
     def __init__(self, port: int, path: str, *, kept: bool) -> None:
@@ -47,7 +46,7 @@ class Asked:
             self.failed.append(repr(error))
         self.seconds.append(time.monotonic() - began)
 
-    def told(self) -> dict[str, object]:
+    def summary(self) -> dict[str, object]:
         return {
             "count": len(self.seconds),
             "slowest": max(self.seconds, default=0.0),
@@ -57,9 +56,9 @@ class Asked:
 
 def main(port: int, admin: int) -> None:
     asked = {
-        "kept": Asked(port, "/", kept=True),
-        "new": Asked(port, "/", kept=False),
-        "live": Asked(admin, "/live", kept=False),
+        "kept": RequestStats(port, "/", kept=True),
+        "new": RequestStats(port, "/", kept=False),
+        "live": RequestStats(admin, "/live", kept=False),
     }
     first = True
     while True:
@@ -70,7 +69,7 @@ def main(port: int, admin: int) -> None:
             first = False
         if select.select([sys.stdin], [], [], PAUSE)[0]:
             break
-    print(json.dumps({name: one.told() for name, one in asked.items()}), flush=True)
+    print(json.dumps({name: one.summary() for name, one in asked.items()}), flush=True)
 
 
 if __name__ == "__main__":

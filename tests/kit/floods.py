@@ -1,5 +1,5 @@
 """Real proxies as processes under a flood: a sidecar that is flooded, the sidecar of a member, and
-what they say of themselves."""
+their metrics."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proxy.identity.issue import issue, make_root
+from proxy.identity.spiffe import SpiffeId
 from proxy.wire.h2.frames import END_HEADERS, PREFACE
 from tests.kit.http2 import POST, data, headers, settings
 from tests.kit.ports import free_port
@@ -26,7 +28,7 @@ _PATIENCE = 30.0
 
 
 def eventually(probe: Callable[[], bool], seconds: float = _PATIENCE) -> bool:
-    """Ask until it is so, or the time is over."""
+    """Poll until it is true, or the time is over."""
     until = time.monotonic() + seconds
     while not probe():
         if time.monotonic() > until:
@@ -39,7 +41,7 @@ def eventually(probe: Callable[[], bool], seconds: float = _PATIENCE) -> bool:
 def program(
     *command: str, port: int | None = None, cgroup: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a Python module; it listens on `port` when this begins, and is in `cgroup`."""
+    """Run a Python module in `cgroup`. It listens on `port` when the block starts."""
 
     whole = [sys.executable, "-m", *command]
     if cgroup is not None:
@@ -65,7 +67,7 @@ def _listens(port: int) -> bool:
 
 @dataclass(frozen=True)
 class Flooded:
-    """The sidecar that is flooded at `port`, and the member's way to it."""
+    """The sidecar that is flooded at `port`, and the member's connection to it."""
 
     process: subprocess.Popen[str]
     port: int
@@ -98,9 +100,8 @@ def flooded(
     *,
     require_identity: bool = False,
 ) -> Iterator[Flooded]:
-    """A member's sidecar, before it one that is to be flooded (`settings` are laid over its
-    configuration), and before that the application, which knows what to do with HTTP/2 (see
-    flood_app)."""
+    """A member's sidecar, before it one that is to be flooded (`settings` are merged over its
+    configuration), and before that the application, whose treatment of HTTP/2 is in flood_app."""
     ports = {name: free_port() for name in ("app", "in", "in-admin", "out", "out-admin")}
     _identities(folder)
     directory = folder / "directory.yaml"
@@ -144,17 +145,17 @@ def flooded(
 
 
 def _identities(folder: Path) -> None:
-    command = [sys.executable, "-m", "proxy.cli", "identity"]
-    subprocess.run(
-        [*command, "root", "--trust-domain", "flood.test", "--out", folder / "root"],
-        check=True,
-        capture_output=True,
-    )
+    root = make_root("flood.test")
     for name in ("near", "far"):
-        who = ["--namespace", "a", "--service-account", name, "--out", folder / name]
-        subprocess.run(
-            [*command, "issue", "--root", folder / "root", *who], check=True, capture_output=True
-        )
+        leaf = issue(root, SpiffeId("flood.test", "a", name))
+        (folder / name).mkdir()
+        for kind, pem in (
+            ("certificate", leaf.certificate_pem),
+            ("key", leaf.key_pem),
+            ("roots", root.certificate_pem),
+        ):
+            (folder / name / f"{kind}.pem").write_bytes(pem)
+            (folder / name / f"{kind}.pem").chmod(0o600)
 
 
 def _config(
@@ -179,23 +180,23 @@ def _config(
 
 
 class Member:
-    """What the member has seen, once it has ended."""
+    """The member's results, once it has ended."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, dict[str, Any]] = {}
 
     def was_served(self, within: float) -> None:
-        """Fails if a request did, or took longer than so many seconds."""
+        """Fails if a request failed, or took longer than so many seconds."""
         assert set(self.kinds) == {"kept", "new", "live"}
-        for name, told in self.kinds.items():
-            assert told["failed"] == [], (name, told)
-            assert told["count"] > 0
-            assert told["slowest"] < within, (name, told)
+        for name, summary in self.kinds.items():
+            assert summary["failed"] == [], (name, summary)
+            assert summary["count"] > 0
+            assert summary["slowest"] < within, (name, summary)
 
 
 @contextmanager
 def member(proxy: Flooded) -> Iterator[Member]:
-    """A member that asks within the block."""
+    """A member that sends requests within the block."""
     seen = Member()
     with program("tests.kit.flood_member", str(proxy.member), str(proxy.admin)) as process:
         assert process.stdin is not None
@@ -208,8 +209,7 @@ def member(proxy: Flooded) -> Iterator[Member]:
 
 
 class Uploads:
-    """Connections of HTTP/2 that send as much as the windows let them, on `streams` streams
-    each."""
+    """HTTP/2 connections that send as much as the windows allow, on `streams` streams each."""
 
     def __init__(self, port: int, connections: int, streams: int) -> None:
         payload = bytes(16384)
@@ -218,7 +218,7 @@ class Uploads:
             + settings()
             + b"".join(headers(1 + 2 * number, POST, END_HEADERS) for number in range(streams))
         )
-        # Less than a stream's window on each, and all that the connection's lets through.
+        # Less than a stream's window on each, and all that the connection's window allows.
         bodies = b"".join(
             data(1 + 2 * number, payload) for _ in range(6) for number in range(streams)
         )
@@ -229,13 +229,13 @@ class Uploads:
             sock.setblocking(False)
 
     def send_until(self, probe: Callable[[], bool], watch: Callable[[], object] = int) -> bool:
-        """Send what is taken until `probe`, which is asked twice a second, says that it is so;
-        False: it does not for long. `watch` is called all the time."""
+        """Send until `probe`, which is called twice a second, returns true. Returns False if it
+        does not for long. `watch` is called all the time."""
         next_look, until = 0.0, time.monotonic() + _PATIENCE
         while time.monotonic() < until:
             for number, sock in enumerate(self.socks):
                 at = self._at[number]
-                with suppress(OSError):  # it takes nothing now, or has been closed
+                with suppress(OSError):  # it reads nothing now, or has been closed
                     self._at[number] += sock.send(self._left[at : at + 131072])
             watch()
             if time.monotonic() >= next_look:

@@ -1,5 +1,5 @@
-"""A proxy made of the parts of the exchange room, between real clients and servers, and what it has
-seen."""
+"""A proxy made of the parts of proxy/exchange, between real clients and servers, and what it has
+recorded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.kit.http import Peer, Script, connect, listen, origin, small, until
 
 @dataclass
 class Ended:
-    """What the measure layer saw of an exchange."""
+    """What the measure layer recorded of an exchange."""
 
     status: int | None
     failure: str | None
@@ -45,27 +45,27 @@ class Ended:
 
 
 class Counts(Protocol):
-    """Whoever keeps the accounts of a pool's connections."""
+    """The counter of a pool's connections."""
 
     closed: int
 
 
 @dataclass
 class Life:
-    """The pool's account of one connection."""
+    """The pool's record of one connection."""
 
     hop: Counts
     open: bool = True
 
     def close(self) -> None:
-        assert self.open, "an account was closed twice"
+        assert self.open, "a record was closed twice"
         self.open = False
         self.hop.closed += 1
 
 
 @dataclass
 class Hop:
-    """A proxy from the parts of this room, and what it has seen."""
+    """A proxy made of the parts of proxy/exchange, and what it has recorded."""
 
     target: Address
     pool: Pool[Address] = field(init=False)
@@ -81,7 +81,7 @@ class Hop:
     hangs: trio.Event | None = None  # dialling waits for it
     fast_path: FastPath | None = None
     carry: Http1FastPath | None = None
-    fast: int = 0  # exchanges begun on the fast path
+    fast: int = 0  # exchanges started on the fast path
     raises: Exception | None = None  # by the endpoint, instead of an exchange
     clients: list[Peer] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Hop:
         return self.clients[-1]
 
     async def idle(self, seconds: float = 20) -> None:
-        """Wait until no exchange is under way."""
+        """Wait until no exchange is in progress."""
         await until(lambda: self.pool.counts()[0] == 0, seconds)
 
     async def gone(self, seconds: float = 20) -> None:
@@ -101,8 +101,8 @@ class Hop:
 
 @dataclass
 class Settings:
-    """How a hop is set up. `open_to`: whether clients are told details; `buffers`: of the proxy's
-    own sockets, in bytes."""
+    """How a hop is configured. `open_to`: whether clients get details of errors; `buffers`: of the
+    proxy's own sockets, in bytes."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
@@ -118,7 +118,7 @@ class Settings:
     fast: bool | None = None  # None: as FAST says
 
 
-# Whether hops have a fast path: set for the tests that are run on both paths
+# Whether hops have a fast path: set for the tests that run on both paths
 # (tests/exchange/conftest.py).
 FAST: ContextVar[bool] = ContextVar("FAST", default=False)
 
@@ -162,7 +162,7 @@ async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> 
 
 @asynccontextmanager
 async def hop(target: Address, settings: Settings | None = None) -> AsyncIterator[Hop]:
-    """A running proxy to `target`. At its end all its connections must have been given back and
+    """A running proxy to `target`. At its end all its connections must have been returned and
     closed, each once."""
     settings = settings or Settings()
     proxy = Hop(target=target)
@@ -235,10 +235,10 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
             nursery.cancel_scope.cancel()
             for peer in proxy.clients:
                 peer.close()
-    assert proxy.pool.counts()[0] == 0, "connections that nobody gave back"
+    assert proxy.pool.counts()[0] == 0, "connections that were not returned"
     proxy.pool.close()
     assert proxy.pool.counts() == (0, 0)
-    assert proxy.dialled == proxy.closed, "connections that nobody closed"
+    assert proxy.dialled == proxy.closed, "connections that were not closed"
 
 
 @asynccontextmanager

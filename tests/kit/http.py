@@ -1,8 +1,5 @@
-"""HTTP/1 over real loopback sockets: raw clients and scripted raw servers.
-
-What a test says on the wire it says in bytes; what it hears is read by h11, which knows nothing of
-this project.
-"""
+"""HTTP/1 over real loopback sockets: raw clients and scripted raw servers. A test sends bytes. What
+it receives is parsed by h11, which is independent of this project."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
-# What a reader may meet where the other side broke a message off.
+# What a reader may raise where the other side truncated a message.
 BROKEN = (trio.BrokenResourceError, h11.RemoteProtocolError)
 
 
@@ -68,7 +65,7 @@ class Peer:
         return self._take(count)
 
     async def least(self, count: int) -> None:
-        """Wait until so many bytes are here, and leave them."""
+        """Wait until so many bytes have arrived, and leave them."""
         while len(self.received) < count:
             assert await self.more(), f"the connection ended after {bytes(self.received)!r}"
 
@@ -84,7 +81,7 @@ class Peer:
         return await self.until(b"\r\n\r\n")
 
     async def rest(self) -> bytes:
-        """All until the other side ends its direction."""
+        """All bytes until the other side ends its direction."""
         while await self.more():
             pass
         return self._take(len(self.received))
@@ -95,8 +92,8 @@ class Peer:
         return data
 
     async def response(self, method: str = "GET") -> Message:
-        """The next response to a request of this method. Raises one of BROKEN if it is not
-        whole."""
+        """The next response to a request of this method. Raises one of BROKEN if it is
+        truncated."""
         reader = h11.Connection(h11.CLIENT)
         reader.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
         reader.send(h11.EndOfMessage())
@@ -106,7 +103,7 @@ class Peer:
         return await self._message(h11.Connection(h11.SERVER))
 
     async def _message(self, reader: h11.Connection) -> Message:
-        """What is behind the message stays in `received`."""
+        """What follows the message stays in `received`."""
         message: Message | None = None
         interim: list[int] = []
         if self.received:
@@ -205,8 +202,8 @@ async def origin(
     port: int = 0,
     listener: socket.socket | None = None,
 ) -> AsyncIterator[Origin]:
-    """Runs `script` for each connection. What a script raises fails the test, but for a connection
-    that the proxy ended. `listener`: a bound socket to listen on."""
+    """Runs `script` for each connection. An exception of a script fails the test, unless the proxy
+    ended the connection. `listener`: a bound socket to listen on."""
     if listener is None:
         listener = listen(buffers, port)
     else:
@@ -248,21 +245,21 @@ async def origin(
             listener.close()
 
 
-def answering(response: bytes = OK, heard: list[Message] | None = None) -> Script:
-    """A server that answers every request alike, and keeps its connections."""
+def answering(response: bytes = OK, received: list[Message] | None = None) -> Script:
+    """A server that gives every request the same response, and keeps its connections."""
 
     async def script(peer: Peer) -> None:
         while True:
             request = await peer.request()
-            if heard is not None:
-                heard.append(request)
+            if received is not None:
+                received.append(request)
             await peer.send(response)
 
     return script
 
 
 async def echo(peer: Peer) -> None:
-    """A server that sends each request's body back as it was framed."""
+    """A server that sends each request's body back with its framing."""
     while True:
         request = await peer.request()
         if request.get(b"transfer-encoding"):
@@ -280,8 +277,8 @@ async def echo(peer: Peer) -> None:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for something that happens elsewhere, on sockets and in other tasks, and tells
-    nobody."""
+    """Wait for something that happens elsewhere, on sockets and in other tasks, without an
+    event."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  # there is no event to wait for
             await trio.sleep(0.002)

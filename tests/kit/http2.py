@@ -1,5 +1,5 @@
-"""HTTP/2 for tests: frames made by hand, header blocks that touch no table, an engine with its
-other half, and a small server."""
+"""HTTP/2 for tests: frames made by hand, header blocks that do not change the table, an engine with
+its other half, and a small server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OK: list[Pair] = [(b":status", b"200")]
 
 
 def literal(pairs: Iterable[Pair], kind: int = 0) -> bytes:
-    """A header block of literals without indexing: it means the same whatever was sent before.
+    """A header block of literals without indexing: its meaning does not depend on earlier blocks.
     Strings of up to 16 KiB."""
     return b"".join(bytes([kind]) + _string(name) + _string(value) for name, value in pairs)
 
@@ -72,7 +72,7 @@ def long(kind: Kind, stream: int, number: int) -> bytes:
 
 
 def frames_in(stream: bytes) -> list[tuple[int, int, int, bytes]]:
-    """Kind, flags, stream and payload of each frame; a preface in front is passed over."""
+    """Kind, flags, stream and payload of each frame; a preface in front is skipped."""
     at, found = len(PREFACE) if stream.startswith(PREFACE) else 0, []
     while at < len(stream):
         size = int.from_bytes(stream[at : at + 3], "big")
@@ -89,8 +89,8 @@ def frames_in(stream: bytes) -> list[tuple[int, int, int, bytes]]:
     return found
 
 
-class Ours:
-    """An engine behind its greeting, with everything that it says taken down."""
+class RecordingEngine:
+    """An engine after its greeting, with a record of all that it sends."""
 
     def __init__(
         self,
@@ -102,16 +102,16 @@ class Ours:
     ) -> None:
         self.engine = Http2Connection(role, limits or Http2Limits(), budget)
         self.now = 1.0
-        self.said: list[tuple[int, int, int, bytes]] = []
+        self.sent: list[tuple[int, int, int, bytes]] = []
         if greeted:
             self.engine.receive_data(
                 (PREFACE if role is Role.SERVER else b"") + settings(), self.now
             )
             self.engine.data_to_send()
 
-    def hear(self, *pieces: bytes) -> list[Event]:
-        """All events of the pieces. Raises ProtocolError; what was said in answer is in `said` in
-        any case."""
+    def receive(self, *pieces: bytes) -> list[Event]:
+        """All events of the pieces. Raises ProtocolError; what it sent as a response is in `sent`
+        in any case."""
         events: list[Event] = []
         for piece in pieces:
             try:
@@ -122,7 +122,7 @@ class Ours:
                 events += self.engine.before_fault
                 raise
             finally:
-                self.said += frames_in(self.engine.data_to_send())
+                self.sent += frames_in(self.engine.data_to_send())
         return events
 
     def request(self, method: bytes = b"GET", *, end: bool = True) -> int:
@@ -132,12 +132,12 @@ class Ours:
         )
 
     def codes(self, kind: Kind) -> list[tuple[int, Code]]:
-        """(stream, code) of the RST_STREAM frames said, or (last stream, code) of the GOAWAYs."""
+        """(stream, code) of the RST_STREAM frames sent, or (last stream, code) of the GOAWAYs."""
         if kind is Kind.RST_STREAM:
-            return [(s, Code(int.from_bytes(p, "big"))) for k, _, s, p in self.said if k == kind]
+            return [(s, Code(int.from_bytes(p, "big"))) for k, _, s, p in self.sent if k == kind]
         return [
             (int.from_bytes(p[:4], "big"), Code(int.from_bytes(p[4:8], "big")))
-            for k, _, _, p in self.said
+            for k, _, _, p in self.sent
             if k == kind
         ]
 
@@ -151,7 +151,8 @@ class _Answer:
 
 
 class Server:
-    """Answers every request when it has ended, with 200 and what was sent, or with a few words."""
+    """Answers every request when it has ended, with 200 and the request's body, or with a short
+    text."""
 
     def __init__(self, stream: SocketStream, limits: Http2Limits | None = None) -> None:
         self._stream = stream
@@ -164,9 +165,9 @@ class Server:
             await self._flush()
             while received := await self._stream.receive_some():
                 try:
-                    self._hear(self._engine.receive_data(received, trio.current_time()))
+                    self._receive(self._engine.receive_data(received, trio.current_time()))
                     while self._engine.paused:
-                        self._hear(self._engine.receive_data(b"", trio.current_time()))
+                        self._receive(self._engine.receive_data(b"", trio.current_time()))
                 except ProtocolError:
                     await self._flush()
                     break
@@ -181,7 +182,7 @@ class Server:
         if out := self._engine.data_to_send():
             await self._stream.send_all(out)
 
-    def _hear(self, events: list[Event]) -> None:
+    def _receive(self, events: list[Event]) -> None:
         for event in events:
             match event:
                 case HeadReceived(stream=number, head=RequestHead() as head):
@@ -202,7 +203,7 @@ class Server:
             self._answer(number, self._answers[number])
 
     def _answer(self, number: int, answer: _Answer) -> None:
-        """As much as the windows let through."""
+        """As much as the windows allow."""
         if not answer.ended:
             return
         try:

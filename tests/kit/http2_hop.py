@@ -1,5 +1,5 @@
-"""A proxy for both versions of HTTP, made of the parts of the exchange room, between real clients
-and servers."""
+"""A proxy for both versions of HTTP, made of the parts of proxy/exchange, between real clients and
+servers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _nothing(_: Exchange) -> AbstractContextManager[object]:
 
 @dataclass
 class Settings2:
-    """How a hop is set up. `up`: the versions that the endpoints speak, b"2" or b"1.1"."""
+    """How a hop is configured. `up`: the versions that the endpoints support, b"2" or b"1.1"."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
@@ -62,7 +62,7 @@ class Settings2:
 
 @dataclass
 class Hop2:
-    """A proxy for both versions of HTTP, and what it has seen."""
+    """A proxy for both versions of HTTP, and what it has recorded."""
 
     targets: list[Address]
     pool1: Pool[Address] = field(init=False)
@@ -81,7 +81,7 @@ class Hop2:
     hangs: trio.Event | None = None
     clients: list[Peer] = field(default_factory=list)
     fast_path: FastPath | None = None
-    fast: int = 0  # exchanges begun on the fast path
+    fast: int = 0  # exchanges started on the fast path
 
     async def connect(self, buffers: int | None = None) -> Peer:
         self.clients.append(await connect(self.address, buffers))
@@ -109,7 +109,7 @@ class Hop2:
         return [mux for slot in self.pool2._slots.values() for mux in slot.muxes]
 
     async def idle(self, seconds: float = 20) -> None:
-        """Wait until no exchange is under way anywhere."""
+        """Wait until no exchange is in progress anywhere."""
         await until(lambda: self.exchanges == 0 and self.pool1.counts()[0] == 0, seconds)
 
     async def gone(self, seconds: float = 20) -> None:
@@ -236,8 +236,8 @@ def _start(nursery: trio.Nursery, *tasks: Callable[[], Awaitable[None]]) -> None
 
 @asynccontextmanager
 async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIterator[Hop2]:
-    """A running proxy to `targets`, which take turns. At its end everything must have been given
-    back and closed, once."""
+    """A running proxy to `targets`, which take turns. At its end everything must have been returned
+    and closed, once."""
     settings = settings or Settings2()
     proxy = Hop2(list(targets))
     plain = settings.up == b"2" and settings.steer is None and settings.around is _nothing
@@ -268,10 +268,10 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
                 peer.close()
     proxy.pool1.close()
     assert proxy.pool1.counts() == (0, 0)
-    assert not proxy.pool2._slots, "what the pool should have forgotten"
-    assert proxy.dialled == proxy.closed, "connections that nobody closed"
+    assert not proxy.pool2._slots, "what the pool should have removed"
+    assert proxy.dialled == proxy.closed, "connections that were not closed"
     assert all(isinstance(s, SocketStream) and s.closed for s in proxy.streams), (
-        "sockets that nobody closed"
+        "sockets that were not closed"
     )
     assert not proxy.errors, proxy.errors
 

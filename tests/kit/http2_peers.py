@@ -1,9 +1,6 @@
-"""HTTP/2 over real loopback sockets, spoken by python-hyper's h2, which knows nothing of this
-project.
-
-A peer reads only when it is asked to, and gives no window back by itself, so that a test decides
-who is slow.
-"""
+"""HTTP/2 over real loopback sockets, by python-hyper's h2, which is independent of this project. A
+peer reads only on request, and enlarges no window by itself, so that a test decides which side is
+slow."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ class Gone(Exception):
 
 @dataclass
 class Answer:
-    """A message as h2 read it."""
+    """A message as h2 parsed it."""
 
     headers: list[Pair] = field(default_factory=list)
     body: bytes = b""
@@ -83,11 +80,11 @@ class Peer2:
             config.validate_outbound_headers = config.normalize_outbound_headers = False
         self.h2 = h2.connection.H2Connection(config)
         self.settings = settings or {}
-        self.first = peer.take_received()  # what somebody has looked at before
-        self.events: list[h2.events.Event] = []  # read, and not looked at yet
+        self.first = peer.take_received()  # what was read before
+        self.events: list[h2.events.Event] = []  # read, and not processed yet
         self.messages: dict[int, Answer] = {}
         self.ended: set[int] = set()
-        self.told: list[int] = []  # the streams that the other side has opened, in order
+        self.opened_by_peer: list[int] = []  # the streams that the other side has opened, in order
         self.goaway: h2.events.ConnectionTerminated | None = None
         self.sending = trio.Lock()
         self.moved = trio.Condition()
@@ -104,7 +101,7 @@ class Peer2:
                 await self.peer.send(data)
 
     async def read(self) -> list[h2.events.Event]:
-        """What one read brings, noted in `messages`. Raises Gone."""
+        """The result of one read, recorded in `messages`. Raises Gone."""
         try:
             data, self.first = self.first, b""
             data = data or bytes(await self.peer.stream.receive_some(65536))
@@ -128,7 +125,7 @@ class Peer2:
         if isinstance(event, h2.events.RequestReceived | h2.events.ResponseReceived):
             message.headers = list(event.headers or [])
             if isinstance(event, h2.events.RequestReceived):
-                self.told.append(number)
+                self.opened_by_peer.append(number)
         elif isinstance(event, h2.events.InformationalResponseReceived):
             message.interim.append(list(event.headers or []))
         elif isinstance(event, h2.events.DataReceived):
@@ -144,7 +141,7 @@ class Peer2:
             self.goaway = event
 
     async def next(self, kind: type[E], stream: int | None = None) -> E:
-        """The next event of a kind; those before it are passed over. Raises Gone."""
+        """The next event of a kind; those before it are skipped. Raises Gone."""
         while True:
             for at, event in enumerate(self.events):
                 if isinstance(event, kind) and (
@@ -167,7 +164,8 @@ class Peer2:
         return number
 
     async def send(self, number: int, data: bytes, *, end: bool = False) -> None:
-        """As the windows allow; somebody else has to read meanwhile, or `data` has to fit."""
+        """Send as the windows allow. Another task has to read at the same time, or `data` has to
+        fit."""
         while True:
             room = min(self.h2.local_flow_control_window(number), self.h2.max_outbound_frame_size)
             piece, data = data[:room], data[room:]
@@ -189,8 +187,8 @@ class Peer2:
         await self.flush()
 
     async def message(self, number: int) -> Answer:
-        """The whole message of a stream, or what there was of it before it was reset; windows are
-        given back. Raises Gone."""
+        """The whole message of a stream, or the part that arrived before its reset. Enlarges
+        windows. Raises Gone."""
         while number not in self.ended:
             self.credit(await self.read())
             await self.flush()
@@ -203,7 +201,7 @@ class Peer2:
         return await self.message(number)
 
     async def pump(self) -> None:
-        """Read, and give windows back, until the connection ends."""
+        """Read and enlarge windows until the connection ends."""
         try:
             while True:
                 self.credit(await self.read())
@@ -212,14 +210,14 @@ class Peer2:
             return
 
     async def last_call(self) -> Callable[[], Awaitable[None]]:
-        """Wait for a server's first GOAWAY, which refuses nothing, and the PING behind it; what
-        answers that. By hand, and so is whatever is read from here on: h2 takes GOAWAY for the
-        end."""
+        """Wait for a server's first GOAWAY, which refuses nothing, and the PING after it; returns
+        the bytes that answer it. From here on, all that is read is parsed by hand: h2 takes GOAWAY
+        for the end."""
         assert frames_goaway(2**31 - 1) in await self.peer.until(b"goodbye\0")
         return lambda: self.peer.send(b"\0\0\x08\x06\x01\0\0\0\0goodbye\0")
 
     async def gone(self) -> h2.events.ConnectionTerminated | None:
-        """Wait for the end of the connection; what GOAWAY said of it."""
+        """Wait for the end of the connection; returns the contents of GOAWAY."""
         with contextlib.suppress(Gone):
             while True:
                 await self.read()
@@ -244,10 +242,16 @@ def speaking(
     return run
 
 
+async def silent(peer: Peer2) -> None:
+    """A script that reads and sends nothing."""
+    while True:
+        await peer.read()
+
+
 def only2(
     script: Script2, settings: dict[int, int] | None = None
 ) -> Callable[[Peer], Awaitable[None]]:
-    """The same for a server that closes a connection on which somebody speaks something else."""
+    """Serve HTTP/2 by `script`, and close a connection with another protocol."""
 
     async def run(peer: Peer) -> None:
         await peer.least(4)
@@ -270,8 +274,8 @@ async def echo2(peer: Peer2, number: int, message: Answer) -> None:
 
 
 def answering2(respond: Respond = ok, *, early: bool = False) -> Script2:
-    """Answer every stream in a task of its own, as soon as its request is whole; or, if `early`, as
-    soon as it has begun."""
+    """Answer every stream in its own task, as soon as its request is complete; or, if `early`, as
+    soon as it has started."""
 
     async def script(peer: Peer2) -> None:
         async def one(number: int) -> None:
@@ -299,7 +303,7 @@ def answering2(respond: Respond = ok, *, early: bool = False) -> Script2:
 
 
 def reserve() -> tuple[socket.socket, Address]:
-    """A port that is taken, and not listened to."""
+    """A port that is bound, but has no listener."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     return sock, Address.of(sock.getsockname())

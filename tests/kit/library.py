@@ -1,4 +1,4 @@
-"""Which library does TLS here, for what holds with one of them only."""
+"""The TLS library in use, for tests of properties that only one of them has."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ AWS_LC = "AWS-LC" in LIBRARY
 
 
 def send_tickets(server: TLSStream) -> None:
-    """Have a server's session tickets lie in its client's socket. OpenSSL has sent them with the
-    handshake; AWS-LC keeps them for its next write, and one of nothing is enough."""
+    """Make a server's session tickets arrive at its client's socket. OpenSSL has sent them with the
+    handshake. AWS-LC sends them with its next write, and an empty one is enough."""
     if AWS_LC:
         with suppress(SSL.Error):
             server._connection.send(b"")

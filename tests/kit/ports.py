@@ -1,10 +1,8 @@
-"""Ports for programs that have to be told one.
+"""Ports for programs that need one as an argument.
 
-A port from the range from which the kernel serves whoever asks for none in particular
-(net.ipv4.ip_local_port_range) may be gone a moment after it was found to be free: the other worker
-of pytest-xdist makes connections, too. Ports from below that range nobody gets by chance, and each
-worker has some of its own.
-"""
+A port from the kernel's ephemeral range (net.ipv4.ip_local_port_range) may be taken a moment after
+it was found to be free: the other workers of pytest-xdist open connections, too. No program gets a
+port below that range by chance, and each worker has its own part of them."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ _candidates = chain(range(_begin + _offset, _begin + _SHARE), range(_begin, _beg
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` on which nobody listens. No two calls of a process give the same."""
+    """A TCP port of `host` without a listener. No two calls of a process return the same port."""
     for port in _candidates:
         with socket.socket() as sock:
             try:

@@ -1,4 +1,4 @@
-"""Servers of WebSockets, and the wait for them."""
+"""WebSocket servers, and the wait for them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ asyncio.run(serve(app, config))
 
 @contextmanager
 def first_only() -> Iterator[Address]:
-    """The package websockets: HTTP/1.1 and nothing else. It sends everything back."""
+    """The package websockets: HTTP/1.1 and nothing else. It echoes everything."""
 
     def echo(connection: websockets.sync.server.ServerConnection) -> None:
         for message in connection:
@@ -56,8 +56,8 @@ def first_only() -> Iterator[Address]:
 
 @contextmanager
 def hypercorn() -> Iterator[Address]:
-    """Hypercorn: WebSockets by either version, of which the one that it reports is the proof. It
-    sends everything back. See `listening`."""
+    """Hypercorn: WebSockets by either version. It reports the version, which proves it. It echoes
+    everything. See `listening`."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL
@@ -68,7 +68,7 @@ def hypercorn() -> Iterator[Address]:
 
 
 async def listening(address: Address) -> None:
-    """Wait until somebody listens there."""
+    """Wait until there is a listener."""
     with trio.fail_after(30):
         while True:
             with contextlib.suppress(OSError):

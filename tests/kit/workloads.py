@@ -88,8 +88,8 @@ def handshake(
     alpn: Sequence[bytes] = (b"h2",),
     session: SSL.Session | None = None,
 ) -> Iterator[tuple[SSL.Connection, SSL.Connection]]:
-    """A client and a server that have shaken hands and exchanged one byte each way; closes the
-    sockets. Raises SSL.Error."""
+    """A client and a server that have completed a handshake and exchanged one byte each way; closes
+    the sockets. Raises SSL.Error."""
     left, right = socket.socketpair()
     with left, right:
         left.setblocking(False)
@@ -106,8 +106,8 @@ def handshake(
         for _round in range(10):
             waiting = [connection for connection in waiting if not _shaken(connection)]
         assert not waiting
-        # In TLS 1.3 a client learns only here that the server refused its certificate, and only
-        # here it gets its tickets.
+        # In TLS 1.3 a client sees only here that the server refused its certificate, and only here
+        # it gets its tickets.
         accepted.send(b"a")
         assert dialled.recv(1) == b"a"
         yield dialled, accepted
@@ -122,8 +122,8 @@ def _shaken(connection: SSL.Connection) -> bool:
 
 
 def resumed(connection: SSL.Connection) -> bool:
-    """Whether the handshake went by a ticket, by the library's own word, for which pyOpenSSL has no
-    name."""
+    """Whether the handshake used a ticket, as the library reports it. pyOpenSSL has no name for
+    that."""
     reused = bool(SSL._lib.SSL_session_reused(connection._ssl))
     assert reused is (connection.get_app_data() is None), (
         "and then no certificate has been verified in it"
@@ -132,8 +132,8 @@ def resumed(connection: SSL.Connection) -> bool:
 
 
 class Clock:
-    """A wall clock that a test moves; it begins at the real present, since OpenSSL's handshake
-    looks at the real one."""
+    """A wall clock that a test moves. It starts at the real present, because OpenSSL's handshake
+    uses the real time."""
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)
@@ -160,7 +160,7 @@ def authority(root: Issued) -> Issued:
 
 
 def refusal(workload: Workload, **settings: Any) -> tuple[str, str]:
-    """The file that is to blame when a workload's identity cannot be loaded, and the reason."""
+    """The file with the fault when a workload's identity cannot be loaded, and the reason."""
     with pytest.raises(MaterialError) as caught:
         workload.identity(**settings)
     assert str(caught.value).startswith(f"{caught.value.path}: ")
@@ -171,13 +171,13 @@ class Log:
     """What a watcher reported, in order."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, object]] = []
+        self.reports: list[tuple[str, object]] = []
 
     def changed(self, identity: Identity) -> None:
-        self.said.append(("changed", identity.generation))
+        self.reports.append(("changed", identity.generation))
 
     def failed(self, error: MaterialError) -> None:
-        self.said.append(("failed", error.path.name))
+        self.reports.append(("failed", error.path.name))
 
     def warned(self, sentence: str) -> None:
-        self.said.append(("warned", sentence))
+        self.reports.append(("warned", sentence))

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def clusters() -> Iterator[dict[str, Cluster]]:
-    """Both clusters of the laboratory, joined. They hold nothing of an event loop, so every test
+    """Both clusters of the laboratory, joined. They do not depend on an event loop, so every test
     can use them."""
     if running := os.environ.get(ENV_RUNNING):
         yield {name: kube.attach(name) for name in running.split(",")}

@@ -58,7 +58,7 @@ class Installed:
         return (await self.west.kubectl("--namespace", NAMESPACE, *words, **more)).text
 
     async def pods(self) -> dict[str, dict[str, Any]]:
-        """The pods that are not about to end, by name."""
+        """The pods that are not terminating, by name."""
         found = await self.west.get("--namespace", NAMESPACE, "pods")
         return {
             pod["metadata"]["name"]: pod
@@ -105,7 +105,7 @@ class Installed:
         }
 
     async def until_one_leads(self, timeout: float = 60.0) -> str:
-        """Wait until exactly one replica says that it leads, and the Lease names it."""
+        """Wait until exactly one replica reports that it leads, and the Lease names it."""
         with trio.fail_after(timeout):
             while True:
                 with suppress(LabError):  # a pod that starts or ends

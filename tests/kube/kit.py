@@ -1,4 +1,4 @@
-"""What the tests on Kubernetes share: manifests as texts, and questions asked from within pods."""
+"""What the tests on Kubernetes share: manifests as texts, and requests from within pods."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ async def deploy(cluster: Cluster, namespace: str, name: str = "web", replicas: 
 async def inside(
     cluster: Cluster, namespace: str, pod: str, *command: str, check: bool = True
 ) -> str:
-    """What a command prints in a pod (`pod/NAME`, `deployment/NAME`, or with a container: `pod/NAME
-    --container=NAME` as two words)."""
+    """The output of a command in a pod (`pod/NAME`, `deployment/NAME`, or with a container:
+    `pod/NAME --container=NAME` as two words)."""
     done = await cluster.kubectl(
         "--namespace", namespace, "exec", *pod.split(), "--", *command, check=check
     )
@@ -82,8 +82,8 @@ async def ask(cluster: Cluster, namespace: str, pod: str, url: str) -> dict[str,
 async def eventually(
     cluster: Cluster, namespace: str, pod: str, url: str, timeout: float = 30.0
 ) -> dict[str, Any]:
-    """`ask` until it is answered: the rules of kube-proxy follow the endpoints a moment later.
-    Raises LabError after `timeout` seconds."""
+    """`ask` until it succeeds: the rules of kube-proxy follow the endpoints a moment later. Raises
+    LabError after `timeout` seconds."""
     end = trio.current_time() + timeout
     while True:
         try:

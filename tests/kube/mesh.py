@@ -1,9 +1,8 @@
 """Pods with the sidecar on a cluster with the control plane, by the manifests of deploy/kubernetes.
 
-No directory file exists: the sidecars ask the control plane. Certificates come from a root that the
-test makes. Every sidecar demands identities (`require_identity`), so each answer from a pod is a
-proof that the request came with mutual TLS. Therefore readiness probes run inside of the pods.
-"""
+No directory file exists: the sidecars use the control plane. Certificates come from a root that the
+test makes. Every sidecar requires identities (`require_identity`), so each response of a pod proves
+that the request came with mutual TLS. Therefore readiness probes run inside of the pods."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ def manifests(file: str) -> list[Json]:
 
 
 def web(name: str = "web") -> Json:
-    """The container of the image `web`. It answers for some seconds after its pod is told to end,
-    because requests still arrive in this time."""
+    """The container of the image `web`. It serves for some seconds after its SIGTERM, because
+    requests still arrive in this time."""
     return {
         "name": name,
         "image": WEB,
@@ -120,7 +119,7 @@ async def rolled_out(west: Cluster, name: str, timeout: float = 240.0) -> None:
 
 
 async def pods_of(west: Cluster, app: str) -> dict[str, Json]:
-    """The pods of a Deployment that are not about to end, by name."""
+    """The pods of a Deployment that are not terminating, by name."""
     found = await west.get("--namespace", SPACE, "pods", "--selector", f"app={app}")
     return {
         one["metadata"]["name"]: one
@@ -137,7 +136,7 @@ class Load:
     name: str = "load"
 
     async def start(self, *urls: str, clients: int = 4, pause: float = 0.05) -> None:
-        """Start the pod, and wait for its first answers."""
+        """Start the pod, and wait for its first responses."""
         command = ("python", "-m", "lab.apps.load", "/work", str(clients), str(pause), *urls)
         template = pod(self.name, apps("load", *command), "client")
         template["metadata"] |= {"name": self.name, "namespace": SPACE}
@@ -146,7 +145,7 @@ class Load:
         await self.more(10)
 
     async def report(self) -> Json:
-        """What has happened so far."""
+        """The results so far."""
         text = await inside(
             self.west, SPACE, f"pod/{self.name} --container=load", "cat", "/work/report.json"
         )

@@ -45,8 +45,8 @@ ROLES, BINDINGS = Resource(RBAC, "roles", Role), Resource(RBAC, "rolebindings", 
 @dataclass
 class RealStage(Stage):
     async def old_version(self) -> str:
-        """The first version. A server that has been started with its data knows less; a new one
-        remembers it all."""
+        """The first version. A server that was started with its data has only later ones; a new
+        server has all of them."""
         query = {"resourceVersion": "1", "timeoutSeconds": "5"}
         try:
             async with await self.client.watch(CONFIG_MAPS, self.here, query) as answer:
@@ -89,7 +89,7 @@ class RealStage(Stage):
         )
 
     async def account_is_there(self) -> None:
-        """A controller makes it, and pods need it."""
+        """Wait for the account. A controller makes it, and pods need it."""
         with trio.fail_after(60):
             while True:
                 try:

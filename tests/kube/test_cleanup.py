@@ -30,7 +30,7 @@ END = guard.PATIENCE + 30
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run could change of the machine, but for what has the run's name."""
+    """What a run could change of the machine, except for what has the run's name."""
 
     settings: dict[str, str]
     links: str
@@ -117,7 +117,7 @@ def running(tmp_path: Path, script: str) -> Iterator[Run]:
         "--",
     ]
     shell = f'echo "$ISTHMUS_KUBE_RUN"; {script}'
-    # Within the clusters of the other tests, which it does not need to know.
+    # Within the clusters of the other tests, which it does not use.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -146,7 +146,7 @@ def test_when_its_command_ends(tmp_path: Path) -> None:
     before = Machine.now()
     with running(tmp_path, "exit 7") as run:
         assert run.outer.wait(START) == 7
-        # The command of a run comes back when everything is gone.
+        # The command of a run returns when everything is gone.
         assert remains(run.name) == []
         assert Machine.now() == before
 
@@ -155,7 +155,7 @@ def test_when_its_command_ends(tmp_path: Path) -> None:
 def test_when_it_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     before = Machine.now()
     with running(tmp_path, "exec sleep 1000") as run:
-        # What is looked for afterwards is there before: a pod's cgroup, and what the node runs.
+        # What must be gone afterwards exists before: a pod's cgroup, and what the node runs.
         assert any("kube-apiserver" in line for line in processes(run.name))
         assert any(
             path.name.startswith("pod")

@@ -1,5 +1,5 @@
-"""The test cluster is a Kubernetes as others have it: nodes, names, Services, and two clusters that
-see each other's nodes only."""
+"""The test cluster is a regular Kubernetes: nodes, names, Services, and two clusters that see only
+each other's nodes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_a_pod_reaches_the_other_clusters_node_and_nothing_behind_it(
         return await inside(west, namespace, "deployment/web", *command, check=False)
 
     assert await ask_api(east.addresses.wan) == "200"
-    # The link to the test is no way from one cluster to the other.
+    # The link to the test does not connect the clusters.
     assert (await ask_api(east.addresses.node)).startswith("000")
 
 
@@ -134,7 +134,7 @@ async def test_nodes_reach_each_other(west: Cluster, east: Cluster) -> None:
 
 
 async def complaint(cluster: Cluster) -> str:
-    """What kubectl says when the API server does not answer any more."""
+    """The error of kubectl when the API server does not answer any more."""
     with trio.fail_after(30):
         while True:
             done = await cluster.kubectl("get", "--raw", "/readyz", check=False)

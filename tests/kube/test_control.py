@@ -153,7 +153,7 @@ USE_LEASE = {(verb, "coordination.k8s.io", "leases") for verb in ("get", "patch"
 
 
 async def every_right(west: Cluster) -> set[Right]:
-    """All that the API server can be asked for."""
+    """All rights that the API server can be asked for."""
     paths = ["/api/v1"] + [
         f"/apis/{group['preferredVersion']['groupVersion']}"
         for group in (await west.get("--raw", "/apis"))["groups"]
@@ -183,8 +183,8 @@ async def granted(
     async def ask(right: Right) -> None:
         verb, group, whole = right
         resource, _, subresource = whole.partition("/")
-        wish = ResourceAttributes(verb, resource, group, namespace, name, subresource)
-        if await may(stage.client, user, wish):
+        attributes = ResourceAttributes(verb, resource, group, namespace, name, subresource)
+        if await may(stage.client, user, attributes):
             found.add(right)
 
     waiting = sorted(wanted)
@@ -212,10 +212,10 @@ async def test_the_service_account_has_exactly_the_needed_rights(
         everything = await every_right(west)
         assert len(everything) > 300
         assert everything >= READ | EVENTS | CREATE_LEASE | USE_LEASE
-        # What every service account may do, such as ask what it may do itself.
+        # What every service account may do, such as asking what it may do itself.
         ordinary = await granted(stage, "default", everything)
         assert not ordinary & (READ | EVENTS | CREATE_LEASE | USE_LEASE)
-        with trio.fail_after(30):  # the API server learns of new roles a moment later
+        with trio.fail_after(30):  # the API server applies new roles a moment later
             while True:
                 if await granted(stage, CONTROL, CREATE_LEASE, NAMESPACE):
                     break

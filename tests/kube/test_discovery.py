@@ -14,8 +14,8 @@ from control.kube.resources import PODS, SERVICES
 from tests.kube.stage import REAL_NODES, RealStage
 
 
-class Told:
-    """What discovery says of one service."""
+class Reports:
+    """What discovery reports about one service."""
 
     def __init__(self, stage: RealStage) -> None:
         self.discovery = Discovery(stage.client, "test.local", self._tell)
@@ -41,7 +41,7 @@ class Told:
 
 
 async def run_pod(stage: RealStage, name: str, ip: str, **labels: str) -> Pod:
-    """A pod that is ready, as far as anybody can tell."""
+    """A pod that is ready by its status."""
     container = {
         "name": "c",
         "image": "web:1.0",
@@ -66,8 +66,8 @@ async def test_a_service_follows_its_pods(stage: RealStage, nursery: trio.Nurser
     made = await stage.client.apply(
         REAL_NODES, node, "tests"
     )  # a slice has pods of nodes that exist only
-    told = Told(stage)
-    nursery.start_soon(told.discovery.run)
+    reports = Reports(stage)
+    nursery.start_soon(reports.discovery.run)
     spec = {
         "selector": {"app": "web"},
         "ports": [{"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"}],
@@ -76,19 +76,19 @@ async def test_a_service_follows_its_pods(stage: RealStage, nursery: trio.Nurser
     await stage.client.apply(
         SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}, "tests"
     )
-    await told.until({})
+    await reports.until({})
     ours = SpiffeId("test.local", stage.namespace, "default")
     meshed = await run_pod(stage, "a", "10.244.77.1", **{"isthmus.dev/meshed": "true"})
-    await told.until({"10.244.77.1": (ours, "ready")})
+    await reports.until({"10.244.77.1": (ours, "ready")})
     await run_pod(stage, "b", "10.244.77.2")
-    entry = await told.until({"10.244.77.1": (ours, "ready"), "10.244.77.2": (None, "ready")})
+    entry = await reports.until({"10.244.77.1": (ours, "ready"), "10.244.77.2": (None, "ready")})
     assert len(entry.addresses) == 1
     assert [found.zone for found in entry.endpoints] == ["west-1"] * 2
     assert [(port.port, port.protocol) for port in entry.ports] == [(80, "http1")]
     assert [found.ports for found in entry.endpoints] == [((80, 8080),)] * 2
-    assert told.discovery.catalog.pods["10.244.77.1"].identity == ours
+    assert reports.discovery.catalog.pods["10.244.77.1"].identity == ours
     await stage.client.delete(PODS, meshed)
-    # Without a kubelet it is never gone, but terminating, and what serves still.
-    await told.until({"10.244.77.1": (ours, "draining"), "10.244.77.2": (None, "ready")})
+    # Without a kubelet the pod never disappears; it is terminating, and may still serve.
+    await reports.until({"10.244.77.1": (ours, "draining"), "10.244.77.2": (None, "ready")})
     await stage.client.delete(REAL_NODES, made)
     nursery.cancel_scope.cancel()

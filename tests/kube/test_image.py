@@ -1,4 +1,4 @@
-"""The image that ships, by the steps of its Dockerfile: what it says of itself, and what runs in it."""
+"""The image that ships, built by the steps of its Dockerfile: its metadata, and what runs in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ spec:
       command: [sleep, "3600"]
       securityContext: {{runAsNonRoot: true, readOnlyRootFilesystem: true, allowPrivilegeEscalation: false}}
 """
-# What runs, asked of itself: which library does TLS, and which modules of the list in pyproject.toml are not compiled.
+# A program in the image reports which library does TLS, and which modules of the list in
+# pyproject.toml are not compiled.
 ASKED = """
 import importlib, json, os, sys
 from OpenSSL import SSL

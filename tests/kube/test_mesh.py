@@ -45,7 +45,7 @@ class Mesh:
                     connected = sum([(await self.control.metrics(one))[name] for one in replicas])
 
     async def run(self, *command: str) -> str:
-        """What a command prints in the client."""
+        """The output of a command in the client."""
         where = "deployment/client --container=client"
         return await inside(self.west, SPACE, where, *command)
 
@@ -86,7 +86,7 @@ async def installed(west: Cluster, folder: Path) -> AsyncIterator[Mesh]:
 
 
 async def client(west: Cluster) -> None:
-    """A pod from which the test calls others."""
+    """A pod from which the test sends requests."""
     container = mesh.apps("client", "sleep", "infinity")
     await apply(west, [deployment("client", pod("client", container, "client"))])
 
@@ -141,7 +141,7 @@ async def test_pods_call_each_other_in_every_way(west: Cluster, tmp_path: Path) 
         rows = await found.run("psql", target, "-Atc", "select sum(n) from generate_series(1, 9) n")
         assert rows.strip() == "45"
 
-        # A client without the sidecar is refused: identities are demanded.
+        # A client without the sidecar is refused: identities are required.
         plain = {
             "apiVersion": "v1",
             "kind": "Pod",

@@ -1,8 +1,8 @@
-"""The manifests of deploy/kubernetes on a real cluster: a pod with the sidecar starts in their order, is ready, and speaks mutual TLS.
+"""The manifests of deploy/kubernetes on a real cluster: a pod with the sidecar starts in their
+order, is ready, and uses mutual TLS.
 
-There is no control plane in this: the directory is a file in a ConfigMap, written by the test, in
-place of `directory.control`.
-"""
+There is no control plane here. The directory is a file in a ConfigMap, written by the test, in
+place of `directory.control`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def start(west: Cluster, name: str) -> dict[str, Any]:
 
 
 async def admin(west: Cluster, pod: str, path: str) -> str:
-    """What the sidecar's admin port answers, asked from within the pod."""
+    """The response of the sidecar's admin port, requested from within the pod."""
     return await inside(
         west,
         "shop",
@@ -98,7 +98,8 @@ async def test_a_pod_with_the_sidecar_is_ready_and_calls_another_by_mutual_tls(
     assert status["isthmus"]["ready"]
     assert [one["restartCount"] for one in server["status"]["containerStatuses"]] == [0]
     assert "ready" in (await admin(west, "web", "/ready")).lower()
-    # A directory in a ConfigMap reaches running pods after a minute or so: the client starts with it.
+    # A directory in a ConfigMap reaches running pods after a minute or so: the client starts with
+    # it.
     ports = [{"port": 80, "target_port": 8080, "protocol": "http1"}]
     endpoints = [{"address": one["ip"], "identity": IDENTITY} for one in server["status"]["podIPs"]]
     service = {

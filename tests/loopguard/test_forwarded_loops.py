@@ -1,9 +1,8 @@
-"""Loops that only `Forwarded` shows: a gateway that stands there more often than an application may
+"""Loops that only `Forwarded` shows: a gateway that occurs there more often than an application may
 call back, for the same host.
 
-Rules: others' hops, other clusters' gateways and other hosts never count; whatever stands in the
-field never raises, and is not read aloud unless it is harmless.
-"""
+Rules: others' hops, other clusters' gateways and other hosts never count. The field never raises,
+whatever it contains, and is shown only if it is harmless."""
 
 from __future__ import annotations
 
@@ -47,14 +46,20 @@ def test_case_is_nothing() -> None:
     ],
     ids=["another-cluster", "another-host", "no-by", "no-host", "no-cluster"],
 )
-def test_what_is_not_the_same_place_for_the_same_host_does_not_count(
+def test_other_hops_and_other_hosts_do_not_count(
     other: tuple[bytes, bytes],
 ) -> None:
     assert check_forwarded([other] * 100, OWN, NAME, 0) is None
 
 
+def test_adjacent_hops_of_one_place_are_one_stop_and_ours_for_another_host_is_the_last() -> None:
+    loop = check_forwarded([OWN, BACK, BACK, (OWN[0], BACK[1])], OWN, NAME, 0)
+    assert loop is not None
+    assert loop.cycle == "east/gateway -> west.gateway.isthmus.sa.cluster.local -> east/gateway"
+
+
 @pytest.mark.parametrize("by", [b"192.0.2.1", b'_a" b', b"\xff", b"", b"_", b"_" + b"a" * 400])
-def test_what_is_no_harmless_name_is_not_read_aloud(by: bytes) -> None:
+def test_names_with_unsafe_characters_are_not_shown(by: bytes) -> None:
     loop = check_forwarded([OWN, (by, b"x")], OWN, NAME, 0)
     assert loop is not None
     assert loop.cycle == "east/gateway -> ? -> east/gateway"

@@ -1,5 +1,5 @@
-"""Loops that are written down: one cycle for each group of nodes that reach each other, the
-shortest, and none where there is none."""
+"""Loops of a graph: one cycle for each group of nodes that reach each other, the shortest one, and
+none where there is none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _GRAPHS = st.dictionaries(
 
 
 @given(_GRAPHS)
-def test_what_is_found_is_a_cycle_and_what_is_not_found_is_none(
+def test_each_result_is_a_cycle_and_no_cycle_is_missing(
     graph: dict[str, list[str]],
 ) -> None:
     found = cycles(graph)
@@ -55,8 +55,8 @@ def test_what_is_found_is_a_cycle_and_what_is_not_found_is_none(
 
 
 def _peeled(graph: dict[str, list[str]]) -> set[str]:
-    """The nodes that are left when those that nobody leads to, or that lead nowhere, are taken
-    away, again and again."""
+    """The nodes that are left when nodes without a predecessor or without a successor are removed,
+    repeatedly."""
     nodes = {*graph, *(child for nexts in graph.values() for child in nexts)}
     while True:
         kept = {

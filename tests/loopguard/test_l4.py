@@ -56,7 +56,7 @@ def test_an_address_that_the_connection_came_in_by_is_ours_whatever_the_list_say
     assert OWN.check_accept("192.0.2.7", 8080, ours=True) is None
 
 
-def test_words_name_an_ipv6_address_in_brackets() -> None:
+def test_messages_have_an_ipv6_address_in_brackets() -> None:
     loop = OWN.check_dial("fd00:1::5", 4143)
     assert loop is not None
     assert "[fd00:1::5]:4143" in loop.words

@@ -1,10 +1,8 @@
 """Loops that requests show: a proxy that meets its own token for the same request has a loop, and
 nothing else is one.
 
-Rules: whatever round a request is on, it ends within the hop limit; without a cycle nothing is
-refused; nobody can make a token but the proxy whose it is; whatever stands in the field is read in
-bounded time and never raises.
-"""
+Rules: every request ends within the hop limit. Without a cycle nothing is refused. Only its own
+proxy can make a token. Any field is read in bounded time and never raises."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from loopguard.l7 import (
 SECRET = bytes(range(32))
 LIMITS = HopLimits(max_returns=2, max_hops=16)
 REQUEST = (b"GET", b"/items?page=2", b"shop:8080")
-# The grammar of the module's docstring, written down once more.
+# The grammar of the module's docstring, written again.
 GRAMMAR = re.compile(
     rb"[oieg][A-Za-z0-9+/]{8}[A-Za-z0-9+/]{8}(:[-._A-Za-z0-9]{1,63}/[-._A-Za-z0-9]{1,63})?"
 )
@@ -56,7 +54,7 @@ def pass_through(
 
 
 def round_and_round(*places: HopTokens, first: bytes = b"") -> tuple[int, Loop]:
-    """(how many proxies have passed the request on, the verdict that ended it)"""
+    """(how many proxies have forwarded the request, the verdict that ended it)"""
     field, passed = first, 0
     while True:
         for place in places:
@@ -100,7 +98,7 @@ def test_a_gateway_refuses_at_the_first_return_and_names_the_clusters() -> None:
     assert loop.cycle == "east/gateway -> west/gateway -> west/web-1 -> east/gateway"
 
 
-def test_what_comes_before_the_cycle_is_not_a_part_of_it() -> None:
+def test_hops_before_the_cycle_are_not_a_part_of_it() -> None:
     before = pass_through(hop_tokens("client"), b"")
     assert isinstance(before, bytes)
     _, loop = round_and_round(hop_tokens("web-1"), hop_tokens("shop-7"), first=before)
@@ -116,7 +114,7 @@ def test_what_comes_before_the_cycle_is_not_a_part_of_it() -> None:
     ],
     ids=["method", "target", "authority"],
 )
-def test_another_request_is_no_return(other: tuple[bytes, bytes, bytes]) -> None:
+def test_another_request_is_not_a_return(other: tuple[bytes, bytes, bytes]) -> None:
     place, field = hop_tokens(limits=HopLimits(0, 64)), b""
     for request in (REQUEST, other):
         found = pass_through(place, field, request)
@@ -135,6 +133,22 @@ def test_the_two_sides_of_a_proxy_are_two_places() -> None:
     field = pass_through(hop_tokens(side="inbound", limits=inside), b"")
     assert isinstance(field, bytes)
     assert isinstance(pass_through(hop_tokens(side="outbound", limits=inside), field), bytes)
+
+
+def test_the_two_sides_of_a_proxy_are_one_stop_of_a_cycle() -> None:
+    limits = HopLimits(0, 64)
+    a, b = hop_tokens("a", limits=limits), hop_tokens("b", limits=limits)
+    into_b = hop_tokens("b", "inbound", limits=limits)
+    assert round_and_round(a, into_b, b)[1].cycle == "west/a -> west/b -> west/a"
+    assert round_and_round(b, a, into_b)[1].cycle == "west/b -> west/a -> west/b"
+
+
+def test_the_first_hop_is_the_one_without_a_token_of_its_own_before_it() -> None:
+    place = hop_tokens()
+    field = pass_through(place, b"")
+    assert isinstance(field, bytes)
+    assert place.is_first_hop(field)
+    assert not place.is_first_hop(place.append(field, place.token(*REQUEST)))
 
 
 def test_a_token_from_outside_is_recognised_when_the_request_comes_back_from_inside() -> None:
@@ -156,7 +170,7 @@ def test_a_request_that_changes_on_each_round_ends_at_the_hop_limit(hops: int) -
     assert "loops.max_hops" in found.words
 
 
-def test_long_ways_are_told_shortly() -> None:
+def test_long_cycles_are_abbreviated() -> None:
     field, found = b"", None
     for number in range(40):
         found = pass_through(hop_tokens(f"pod-{number}", limits=HopLimits(0, 32)), field)
@@ -223,7 +237,7 @@ def test_no_token_is_a_return_without_the_secret(field: bytes) -> None:
     assert isinstance(pass_through(place, b", ".join(filter(None, [field, forged]))), bytes)
 
 
-def test_a_token_of_ours_for_another_request_is_of_no_use_to_anybody() -> None:
+def test_a_token_of_another_request_is_useless() -> None:
     place = hop_tokens(limits=HopLimits(0, 64))
     stolen = place.token(b"GET", b"/", b"shop")
     assert isinstance(pass_through(place, stolen, (b"GET", b"/login", b"shop")), bytes)
@@ -247,7 +261,7 @@ def test_a_token_of_ours_for_another_request_is_of_no_use_to_anybody() -> None:
         ([b"o" + b"A" * 16] * (LONGEST // 17 + 1), 0, "oversized"),
     ],
 )
-def test_what_is_not_of_the_grammar_is_dropped_and_the_rest_kept(
+def test_invalid_tokens_are_dropped_and_valid_ones_kept(
     lines: list[bytes], kept: int, why: str
 ) -> None:
     field, dropped = read(lines)
@@ -267,20 +281,19 @@ def test_anything_may_stand_in_the_field(members: list[bytes], separator: bytes)
     place = hop_tokens()
     found = pass_through(place, field)
     if isinstance(found, bytes):
-        assert read([found]) == (found, ""), "what goes on is of the grammar"
+        assert read([found]) == (found, ""), "the forwarded field follows the grammar"
     else:
         assert found.words.isascii()
     assert b":" not in strip_names(field)
 
 
-# Ways through a mesh...
+# Paths through a mesh...
 
 
 @dataclass(frozen=True)
 class Topology:
     """Applications that forward to others, each with a sidecar or behind a gateway. `routes[n]`:
-    where node n sends what it gets, and whether it changes the path on the way; None: it
-    answers."""
+    where node n forwards its requests, and whether it changes the path; None: it responds."""
 
     routes: tuple[tuple[int, bool] | None, ...]
     gateways: frozenset[int]
@@ -361,6 +374,4 @@ def test_every_request_ends_within_the_hop_limit_and_is_refused_only_in_a_cycle(
                 if route
             }
             if not any("more" in stop for stop in stops):
-                assert set(pairwise(stops)) <= edges, (
-                    "the cycle that is told is one of the topology"
-                )
+                assert set(pairwise(stops)) <= edges, "the reported cycle is one of the topology"

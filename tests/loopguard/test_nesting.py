@@ -1,5 +1,5 @@
-"""Connections of a pod to itself: our own that come back are recognised by both ends, the
-application's are bounded by their answers."""
+"""Connections of a pod to itself: the proxy's own connections that come back are recognised by both
+ends, the application's are bounded by their responses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_application_may_have_the_same_local_port_towards_another_place() -> 
     assert own.check_depth(0, "anywhere") is None
 
 
-def test_what_is_closed_is_forgotten() -> None:
+def test_closed_connections_are_removed() -> None:
     own = OwnConnections(0, "west/web-1")
     own.add(HERE, THERE, 1)
     own.remove(HERE, THERE)
@@ -46,7 +46,7 @@ def test_what_is_closed_is_forgotten() -> None:
     assert len(own) == 0
 
 
-def test_what_was_stopped_is_known_until_it_is_closed() -> None:
+def test_a_stopped_connection_is_known_until_it_is_closed() -> None:
     own = OwnConnections(0, "west/web-1")
     own.stop(HERE, THERE)
     own.add(HERE, THERE, 1)
@@ -60,6 +60,23 @@ def test_what_was_stopped_is_known_until_it_is_closed() -> None:
     assert own.stopped(HERE, THERE) is None
 
 
+def test_an_answer_makes_room_for_another_call() -> None:
+    calls = SelfCalls(2, "west/web-1")
+    assert [calls.begin(7000), calls.begin(7000), calls.begin(8080)] == [None, None, None]
+    assert calls.waiting == 3
+    loop = calls.begin(7000)
+    assert loop is not None
+    assert loop.kind == "self_calls"
+    assert loop.words.startswith("2 connections or requests of this pod to its own port 7000 wait")
+    assert loop.cycle == "west/web-1 -> west/web-1"
+    assert calls.waiting == 3, "a refused call does not wait"
+    calls.end(7000)
+    assert calls.begin(7000) is None
+    for port in (7000, 7000, 8080):
+        calls.end(port)
+    assert calls.waiting == 0
+
+
 @given(st.integers(1, 50))
 def test_as_many_calls_of_a_pod_to_itself_may_wait_as_configured(most: int) -> None:
     calls = SelfCalls(most, "west/web-1")
@@ -68,14 +85,14 @@ def test_as_many_calls_of_a_pod_to_itself_may_wait_as_configured(most: int) -> N
     assert loop is not None
     assert loop.kind == "self_calls"
     assert "7000" in loop.words
-    assert calls.begin(8080) is None, "another port is another matter"
+    assert calls.begin(8080) is None, "another port is counted separately"
     calls.end(7000)
     assert calls.begin(7000) is None
 
 
 class Calls(RuleBasedStateMachine):
-    """An application that calls itself at will: it is refused exactly while as many as allowed
-    wait, and answered calls do not count."""
+    """An application that calls itself: a call is refused exactly while the allowed number of calls
+    wait. Answered calls do not count."""
 
     waiting: list[int]
 

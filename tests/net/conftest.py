@@ -1,4 +1,4 @@
-"""Real TCP connections on loopback, raw and with TLS, for the tests of this room."""
+"""Real TCP connections on loopback, raw and with TLS, for the tests of proxy/net."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ async def clogged_pair() -> tuple[SocketStream, SocketStream]:
 
 
 async def clog(*clogging: socket.socket) -> None:
-    """Send until nothing more is taken, for longer than acknowledgements are delayed (40 ms),
-    however seldom this task gets its turn."""
+    """Send until nothing more is accepted, for longer than acknowledgements are delayed (40 ms),
+    even if this task seldom runs."""
     quiet_since, quiet_rounds = trio.current_time(), 0
     while trio.current_time() < quiet_since + 0.06 or quiet_rounds < 10:
         quiet_rounds += 1
@@ -86,7 +86,7 @@ async def clog(*clogging: socket.socket) -> None:
 
 @dataclass
 class Mesh:
-    """A trust root, a server and a client of it, and what they talk TLS with."""
+    """A trust root, a server and a client of it, and their TLS contexts."""
 
     authority: Authority = field(default_factory=Authority)
     alpn: tuple[bytes, ...] = (b"http/1.1", b"h2", b"isthmus-tcp")
@@ -135,7 +135,7 @@ class Mesh:
 
 
 async def both(*operations: Callable[[], Awaitable[T]]) -> list[T | Exception]:
-    """Run them at once; give each one's result, or what it raised."""
+    """Run both at the same time; returns each one's result or exception."""
     results: list[T | Exception] = [RuntimeError("did not run")] * len(operations)
 
     async def run(index: int) -> None:
@@ -155,7 +155,7 @@ DAY = timedelta(days=1)
 
 
 class Refused(Exception):
-    """What a caller's own verification raises."""
+    """The exception of a caller's own verification."""
 
 
 def name_of(chain: Chain) -> str:
@@ -166,8 +166,8 @@ def name_of(chain: Chain) -> str:
 async def attempt(
     mesh: Mesh, *, server: SSL.Context | None = None, client: SSL.Context | None = None
 ) -> tuple[TLSStream | Exception, TLSStream | Exception]:
-    """A handshake of which one side may fail; the client then reads, because in TLS 1.3 that is
-    where it hears of a refusal."""
+    """A handshake of which one side may fail. Then the client reads, because in TLS 1.3 it gets a
+    refusal there."""
     dialled, accepted = pair()
 
     async def dial() -> TLSStream:
@@ -203,7 +203,7 @@ async def read_all(stream: SocketStream | TLSStream) -> bytes:
 
 @contextmanager
 def no_descriptor_left() -> Iterator[None]:
-    """Let this process have no free file descriptor meanwhile."""
+    """During the block this process has no free file descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
@@ -222,7 +222,7 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 async def send_until_it_fails(stream: SocketStream | TLSStream) -> None:
-    """What a task does that sends to a peer which has closed: the first sends still go well."""
+    """Send to a peer that has closed: the first sends still succeed."""
     while True:
         await stream.send_all(b"x" * 1000)
         await wait_all_tasks_blocked()

@@ -1,5 +1,5 @@
-"""Accepting never dies: not of a handler's error, not of a flood, not of missing descriptors; and
-it stops when it is told to."""
+"""The accept loop never dies: not of a handler's error, not of a flood, not of missing descriptors.
+It stops when its scope is cancelled or it drains."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_an_error_ends_its_connection_only_and_is_reported() -> None:
     assert all(connection.stream.closed for connection, _ in errors)
 
 
-async def test_an_error_beside_a_cancellation_is_reported_and_the_cancellation_goes_on() -> None:
+async def test_an_error_beside_a_cancellation_is_reported_and_the_cancellation_continues() -> None:
     errors: Errors = []
 
     async def handler(_: Connection) -> None:
@@ -175,7 +175,7 @@ async def test_a_reporter_that_fails_does_not_end_the_service(
     assert "first" in caplog.text
 
 
-async def test_a_connection_that_is_reset_before_it_is_looked_at_is_no_error() -> None:
+async def test_a_connection_that_is_reset_before_it_is_accepted_is_not_an_error() -> None:
     listener = bind(Address("127.0.0.1", 0))
     for _ in range(3):
         dial(listener).reset()
@@ -236,7 +236,7 @@ async def test_running_out_of_descriptors_pauses_accepting_and_nothing_more() ->
             late.connect(listener.getsockname())
             with trio.fail_after(30):
                 await paused.wait()
-            await open_before.send_all(b"b")  # those that are open do not notice
+            await open_before.send_all(b"b")  # the open ones are not affected
             assert await open_before.receive_some() == b"b"
         client = SocketStream(late)
         await client.send_all(b"c")
@@ -276,8 +276,8 @@ async def test_draining_stops_accepting_at_once_and_lets_connections_finish() ->
         client.close()
 
 
-async def test_what_waits_in_the_kernels_queue_is_taken_as_far_as_there_is_room() -> None:
-    """For these clients the connection is open already, and they may have said something."""
+async def test_connections_in_the_kernels_queue_are_accepted_while_there_is_room() -> None:
+    """For these clients the connection is open already, and they may have sent something."""
     listener = bind(Address("127.0.0.1", 0))
     acceptor = Acceptor(echo, limit=3, on_error=ignore)
     async with trio.open_nursery() as nursery:
@@ -295,7 +295,7 @@ async def test_what_waits_in_the_kernels_queue_is_taken_as_far_as_there_is_room(
     assert (acceptor.accepted, acceptor.open, listener.fileno()) == (3, 0, -1)
 
 
-async def test_what_does_not_finish_in_its_grace_is_cancelled() -> None:
+async def test_connections_that_do_not_finish_in_the_grace_period_are_cancelled() -> None:
     listener = bind(Address("127.0.0.1", 0))
     acceptor = Acceptor(echo, limit=10, on_error=ignore)
     with trio.fail_after(30):
@@ -310,7 +310,7 @@ async def test_what_does_not_finish_in_its_grace_is_cancelled() -> None:
     client.close()
 
 
-async def test_a_drain_before_serving_serves_nobody_who_has_not_come() -> None:
+async def test_a_drain_before_serving_serves_only_connections_that_are_there() -> None:
     listener = bind(Address("127.0.0.1", 0))
     acceptor = Acceptor(echo, limit=10, on_error=ignore)
     acceptor.drain(60)

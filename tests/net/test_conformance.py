@@ -1,6 +1,7 @@
-"""Our streams keep trio's stream contract, but for the one deviation that proxy.net.socket_stream
-states: not every operation makes a scheduler pass. With a pass in every operation (BURST = 1)
-trio's own conformance suite must hold to the letter."""
+"""The product's streams keep trio's stream contract, except for the one deviation that
+proxy.net.socket_stream documents: not every operation makes a scheduler pass.
+
+With a pass in every operation (BURST = 1), trio's own conformance suite must pass completely."""
 
 from __future__ import annotations
 
@@ -28,9 +29,8 @@ async def test_the_socket_stream_conforms() -> None:
 
 @pytest.mark.usefixtures("_every_operation_yields")
 async def test_the_tls_stream_conforms(mesh: Mesh) -> None:
-    # Without the suite's clogged streams: a TLS record that was begun must be finished, so TLS
-    # cannot be clogged and then used as if nothing had happened. tls/test_handshake.py has those
-    # cases.
+    # Without the suite's clogged streams: a started TLS record must be finished, so TLS cannot be
+    # clogged and then used again. tls/test_handshake.py has those cases.
     await trio.testing.check_half_closeable_stream(mesh.connect, None)
 
 
@@ -137,7 +137,7 @@ async def test_a_deadline_is_noticed_by_a_stream_that_never_has_to_wait() -> Non
 
 
 async def test_clogging_a_raw_socket_clogs_it() -> None:
-    """The premise of the suite's clogged streams."""
+    """The suite's clogged streams depend on it."""
     ours, theirs = pair(buffers=16384)
     await clog(ours.socket)
     with trio.move_on_after(0.02) as scope:

@@ -1,10 +1,9 @@
-"""A full listener ends the connection that is cheapest to lose, and never a member's for a client
-that has shown no identity.
+"""A full listener ends the connection whose loss matters least, and never a member's for a client
+that presented no identity.
 
-Rules: the bounds hold whatever comes in whatever order; a member comes in unless members have
-everything; half of the pending slots is for those that have said nothing yet, half for handshakes;
-who waits longest for a request goes first.
-"""
+Rules: the bounds hold for any clients in any order. A member is admitted unless members have
+everything. Half of the pending slots is for connections that have sent nothing yet, half for
+handshakes. The one that waits longest for a request goes first."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ from proxy.net.exceptions import ConnectionLost
 
 @dataclass
 class Serving:
-    """What serves a connection: it waits for a request since then, or does something."""
+    """The task of a connection: it has waited for a request since then, or is active."""
 
     waiting_since: float | None
 
 
 class Stream:
-    """A connection: what has come is read, or it is not."""
+    """A connection: its bytes have been read, or not."""
 
     def __init__(self, *, idle: bool) -> None:
         self.idle = idle
@@ -41,7 +40,7 @@ class Stream:
 
 
 class World:
-    """Slots, a clock, and what was ended and refused."""
+    """Slots, a clock, and the ended and refused connections."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.now = 1000.0
@@ -97,7 +96,7 @@ def test_silent_ones_cannot_push_out_handshakes() -> None:
     assert not any(slot.evicted for slot in handshakes)
 
 
-def test_a_plain_connection_takes_the_place_of_the_one_that_has_waited_longest() -> None:
+def test_a_plain_connection_replaces_the_one_that_has_waited_longest() -> None:
     world = World(Bounds(4, pending=2, reserved=1))
     first, second, third = (
         world.settled(member=False, since=since) for since in (30.0, 10.0, 20.0)
@@ -107,9 +106,7 @@ def test_a_plain_connection_takes_the_place_of_the_one_that_has_waited_longest()
     assert world.evicted == ["idle"]
 
 
-def test_a_plain_connection_takes_no_place_that_is_reserved_and_ends_none_that_does_something() -> (
-    None
-):
+def test_a_plain_connection_takes_no_reserved_slot_and_ends_no_active_one() -> None:
     world = World(Bounds(4, pending=2, reserved=1))
     busy = [world.settled(member=False) for _ in range(3)]
     with pytest.raises(ListenerFull, match="reserved"):
@@ -119,7 +116,7 @@ def test_a_plain_connection_takes_no_place_that_is_reserved_and_ends_none_that_d
     assert not world.settled(member=True).evicted
 
 
-def test_a_member_ends_what_plain_clients_have_begun_the_newest_first() -> None:
+def test_a_member_ends_requests_of_plain_clients_the_newest_first() -> None:
     world = World(Bounds(4, pending=8, reserved=1))
     plain = [world.settled(member=False) for _ in range(3)]
     members = [world.settled(member=True) for _ in range(4)]
@@ -142,7 +139,7 @@ def test_members_give_way_to_members_only_while_they_wait() -> None:
 def test_one_that_has_been_used_again_since_it_was_looked_at_is_left_alone() -> None:
     world = World(Bounds(3, pending=2))
     slots = [world.settled(member=False, since=float(number)) for number in range(3)]
-    world.settled(member=False, since=50.0)  # the look finds all three, and ends the first
+    world.settled(member=False, since=50.0)  # the check finds all three, and ends the first
     slots[1].activity = Serving(60.0)
     world.settled(member=False, since=51.0)
     assert [slot.evicted for slot in slots] == [True, False, True]
@@ -158,7 +155,7 @@ def test_one_to_which_something_has_come_does_not_wait() -> None:
     assert (reached.stream.lost, quiet.stream.lost) == ([], ["evicted"])
 
 
-def test_what_was_ended_counts_until_it_is_gone() -> None:
+def test_ended_connections_count_until_they_are_gone() -> None:
     world = World(Bounds(100, pending=2))
     slots = [world.take() for _ in range(4)]
     assert world.slots.leaving == 2
@@ -196,7 +193,7 @@ def test_or_ends_the_oldest_if_a_new_one_is_worth_more() -> None:
 
 
 def test_and_one_that_has_just_come_is_not_ended_for_waiting() -> None:
-    """Its request is on its way. The first to go would otherwise be a probe, where all others are
+    """Its request is in flight. Otherwise a probe would be the first to go, when all others are
     busy on purpose."""
     world = World(Bounds(3, cut_busy=True))
     busy = [world.take() for _ in range(2)]

@@ -1,5 +1,5 @@
 """Dialling: one attempt, an exact reason when it fails, nothing left open, and the loop guard is
-asked first."""
+called first."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ async def test_dialling_gives_a_connected_stream(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-async def test_what_is_on_this_machine_is_connected_to_without_a_wait(host: str) -> None:
-    """Run by hand: a coroutine that waited would give something to the scheduler."""
+async def test_local_addresses_are_connected_to_without_a_wait(host: str) -> None:
+    """Run by hand: a coroutine that waits would yield to the scheduler."""
     with listen(host) as listener:
         address = address_of(listener)
         with pytest.raises(StopIteration) as returned:
@@ -56,7 +56,7 @@ async def test_what_is_on_this_machine_is_connected_to_without_a_wait(host: str)
         Dialer(timeout=0).dial(address).send(None)
 
 
-async def test_a_connection_that_takes_a_while_is_waited_for() -> None:
+async def test_a_slow_connection_is_waited_for() -> None:
     with socket.socket() as busy, socket.socket() as filling, trio.fail_after(30):
         busy.bind(("127.0.0.1", 0))
         busy.listen(0)
@@ -88,7 +88,7 @@ async def test_a_cancelled_dial_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-async def test_a_port_where_nobody_listens_is_refused(host: str) -> None:
+async def test_a_port_without_a_listener_is_refused(host: str) -> None:
     with listen(host) as listener:
         nobody = address_of(listener)
     before = open_descriptors()
@@ -103,7 +103,7 @@ async def test_no_answer_is_a_timeout() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
-        # A full backlog drops further SYNs: the nearest thing to a dead host that loopback has.
+        # A full backlog drops further SYNs. On loopback that is closest to a dead host.
         filling = [socket.socket() for _ in range(3)]
         for sock in filling:
             sock.setblocking(False)
@@ -123,7 +123,7 @@ async def test_no_answer_is_a_timeout() -> None:
 
 @pytest.mark.parametrize("address", [Address("224.0.0.1", 80), Address("ff02::1", 80)])
 async def test_where_no_tcp_leads_is_unreachable(address: Address) -> None:
-    """The kernel says so of multicast at once, whatever this machine's routes are."""
+    """The kernel reports that for multicast at once, whatever this machine's routes are."""
     before = open_descriptors()
     with pytest.raises(ConnectFailed) as caught:
         await Dialer(timeout=20).dial(address)
@@ -150,8 +150,8 @@ async def test_the_guard_is_asked_before_a_packet_is_sent() -> None:
 
 
 async def test_a_connection_to_itself_is_a_refusal() -> None:
-    """What happens when the kernel picks, for our end, the very port that is dialled: here it is
-    made to."""
+    """It happens when the kernel picks, for our end, the very port that is dialled. Here the test
+    makes it do so."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.connect(sock.getsockname())
@@ -161,7 +161,7 @@ async def test_a_connection_to_itself_is_a_refusal() -> None:
     assert sock.fileno() == -1
 
 
-async def test_running_out_of_descriptors_is_a_connect_failure_in_words() -> None:
+async def test_running_out_of_descriptors_is_a_connect_failure_with_a_message() -> None:
     with listen() as listener:
         address = address_of(listener)
         with no_descriptor_left(), pytest.raises(ConnectFailed, match="file descriptor") as caught:
@@ -191,7 +191,7 @@ async def test_the_mark_is_set_or_the_missing_capability_is_named() -> None:
 
 
 class Seen:
-    """Who watches: the connections that are open, and all that have been."""
+    """An observer: the connections that are open, and all that have been."""
 
     def __init__(self) -> None:
         self.open: dict[tuple[Address, Address], int] = {}
@@ -202,12 +202,12 @@ class Seen:
         self.all.append((local, remote, depth))
 
     def remove(self, local: Address, remote: Address) -> None:
-        del self.open[local, remote]  # a KeyError if it is said twice
+        del self.open[local, remote]  # a KeyError if it is reported twice
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 @pytest.mark.parametrize("end", ["close", "reset", "aclose"])
-async def test_a_watch_hears_of_a_connection_from_its_first_packet_to_its_end(
+async def test_a_watch_gets_a_connection_from_its_first_packet_to_its_end(
     host: str, end: str
 ) -> None:
     seen = Seen()
@@ -224,7 +224,7 @@ async def test_a_watch_hears_of_a_connection_from_its_first_packet_to_its_end(
     assert seen.open == {}
 
 
-async def test_a_watch_hears_of_the_end_of_what_failed() -> None:
+async def test_a_watch_gets_the_end_of_a_failed_connection() -> None:
     with listen("127.0.0.1") as listener:
         nobody = address_of(listener)
     seen = Seen()

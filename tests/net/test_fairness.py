@@ -1,5 +1,5 @@
-"""Streams that always have something to read take turns, so a pass of the scheduler does not take
-longer with each of them."""
+"""Streams that always have something to read take turns, so the duration of a pass of the scheduler
+does not grow with their number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORK = 0.0003  # seconds of processor time for each read
 
 async def reads_in_a_pass() -> int:
     """The median of how often BUSY streams, which always have something to read, read between two
-    turns of another task."""
+    runs of another task."""
     reads = 0
 
     async def upload(ours: SocketStream) -> None:
@@ -76,7 +76,7 @@ async def test_with_one_a_pass_has_as_many_as_it_has_time_for() -> None:
 async def test_no_stream_waits_for_a_turn_for_ever(
     kind: str, mesh: Mesh, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """64 transfers at once, some of them cancelled on the way. If all tasks waited, the clock would
+    """64 transfers at once, some of them cancelled in between. If all tasks waited, the clock would
     jump to the time limit."""
     autojump_clock.autojump_threshold = 1.0
     pacer = Pacer()
@@ -130,3 +130,29 @@ async def test_one_busy_stream_hardly_ever_waits() -> None:
         nursery.cancel_scope.cancel()
     ours.close()
     theirs.close()
+
+
+async def test_handshakes_of_a_crowd_wait_for_later_passes(mesh: Mesh) -> None:
+    """Sixty ClientHellos that are there at once, and steps for eight."""
+    pacer = Pacer()
+    PACER.set(pacer)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pacer.run)
+        await trio.testing.wait_all_tasks_blocked()
+        pacer.left = 8
+        done: list[bytes] = []
+
+        async def connect() -> None:
+            client, server = await mesh.connect()
+            await client.send_all(b"x")
+            done.append(await server.receive_some(1))
+            client.close()
+            server.close()
+
+        async with trio.open_nursery() as clients:
+            for _ in range(60):
+                clients.start_soon(connect)
+        assert done == [b"x"] * 60
+        assert pacer.waited >= 52
+        assert pacer.waiting == 0
+        nursery.cancel_scope.cancel()

@@ -1,8 +1,5 @@
-"""Dead peers are found out by TCP, and a peer that reads slowly is not taken for one.
-
-The kernel is what is tested, so time is real here; the link that is cut is in
-tests/e2e/test_dead_peers.py.
-"""
+"""TCP detects dead peers, and a peer that reads slowly is not taken for a dead one. The kernel is
+under test, so time is real here. The link that is cut is in tests/e2e/test_dead_peers.py."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def options(sock: socket.socket) -> dict[str, int]:
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 @pytest.mark.parametrize(("keepalive", "interval"), [(3, 3), (40, 10)])
-def test_accepted_sockets_have_what_was_set_on_the_listening_one(
+def test_accepted_sockets_inherit_the_options_of_the_listening_one(
     host: str, keepalive: int, interval: int
 ) -> None:
     with ExitStack() as stack:
@@ -61,8 +58,8 @@ def test_zero_leaves_a_socket_as_it_is() -> None:
 
 
 def fill(sock: socket.socket) -> int:
-    """Send until the peer's window is closed, and the send buffer is full; how many bytes that
-    was."""
+    """Send until the peer's window is closed and the send buffer is full; returns the number of
+    bytes."""
     sock.setblocking(False)
     sent = 0
     try:
@@ -82,7 +79,7 @@ def drain(sock: socket.socket, most: int) -> int:
 
 
 async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> None:
-    """The first connection shows what would become of the others: the option alone ends it."""
+    """The first connection shows what would happen to the others: the option alone ends it."""
     liveness = Liveness(TIMEOUT, 0)
     with listen() as listener:
         address = Address(*listener.getsockname()[:2])
@@ -103,7 +100,7 @@ async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> No
         assert dialled.socket.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT) == 0
         assert await trio.to_thread.run_sync(drain, peers[1], sent) == sent
         await dialled.send_all(b"on")
-        await trio.sleep(TIMEOUT)  # the window is open: the option is back
+        await trio.sleep(TIMEOUT)  # the window is open: the option is set again
         assert dialled.socket.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT) == round(
             TIMEOUT * 1000
         )
@@ -112,7 +109,7 @@ async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> No
         sock.close()
 
 
-async def test_what_was_sent_before_a_close_reaches_a_slow_reader() -> None:
+async def test_data_sent_before_a_close_reaches_a_slow_reader() -> None:
     liveness = Liveness(TIMEOUT, 0)
     sent: list[int] = []
 
@@ -137,14 +134,14 @@ async def test_what_was_sent_before_a_close_reaches_a_slow_reader() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_closed_streams_are_forgotten_and_others_hear_of_the_close() -> None:
+async def test_closed_streams_are_removed_and_the_callback_is_called() -> None:
     liveness = Liveness(TIMEOUT, 0)
     closed: list[bool] = []
     with listen() as listener:
         stream = await Dialer().dial(Address(*listener.getsockname()[:2]))
         stream.on_close = lambda: closed.append(stream.closed)
         liveness.watch(stream)
-        assert liveness._open == {stream}  # whether it is freed is what this is about
+        assert liveness._open == {stream}  # this test is about whether it is freed
         stream.close()
         stream.close()
     assert closed == [True]

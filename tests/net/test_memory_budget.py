@@ -1,5 +1,5 @@
-"""The memory budget: what is charged is released, thresholds follow what is free, and members keep
-a reserve."""
+"""The memory budget: charged memory is released, thresholds follow the free memory, and members
+keep a reserve."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_connections_that_take_all_they_may_leave_some_for_others(connections: i
 
 def test_new_work_is_refused_to_clients_without_an_identity_first() -> None:
     budget = Budget(160 * MIB)
-    heard: list[str] = []
-    budget.on_action = heard.append
+    received: list[str] = []
+    budget.on_action = received.append
     client, member = budget.share(), budget.share(member=True)
     client.charge(budget.open_limit - budget.open_limit // 16)
     assert not client.refuses("stream")
@@ -62,7 +62,7 @@ def test_new_work_is_refused_to_clients_without_an_identity_first() -> None:
     assert not member.refuses("request")
     member.charge(1)
     assert member.refuses("request")
-    assert heard == ["stream", "request"]
+    assert received == ["stream", "request"]
     assert {action: count for action, count in budget.counts.items() if count} == {
         "stream": 1,
         "request": 1,
@@ -81,7 +81,7 @@ def test_a_client_that_shows_an_identity_is_counted_as_a_member() -> None:
     assert (budget.used, budget.open_used) == (0, 0)
 
 
-def test_reads_get_smaller_as_memory_gets_short() -> None:
+def test_reads_get_smaller_as_memory_runs_out() -> None:
     budget = Budget(32 * MIB)
     share = budget.share()
     sizes = []
@@ -114,7 +114,7 @@ async def test_a_connection_above_its_threshold_waits_until_others_release() -> 
     budget.sweep(trio.current_time())
 
 
-async def test_whoever_is_cancelled_does_not_wait_any_more() -> None:
+async def test_a_cancelled_task_does_not_wait_any_more() -> None:
     budget = Budget(10)
     share = budget.share(9)
     with trio.move_on_after(0.01) as scope:
@@ -173,7 +173,7 @@ async def test_one_that_is_not_read_and_whose_client_has_gone_is_closed_at_once(
     share.on_exhausted = lambda: closed.append(True)
     share.gone = lambda: True
     budget.sweep(0.0)
-    assert not closed  # it is read: whoever reads notices
+    assert not closed  # it is being read: the reader notices
     async with trio.open_nursery() as nursery:
         nursery.start_soon(share.below)
         await wait_all_tasks_blocked()
@@ -183,7 +183,7 @@ async def test_one_that_is_not_read_and_whose_client_has_gone_is_closed_at_once(
     assert budget.used == 0
 
 
-def test_what_is_charged_behind_the_end_is_not_counted() -> None:
+def test_a_charge_after_the_end_is_not_counted() -> None:
     budget = Budget(100)
     share = budget.share(10)
     charge = Charge(share)

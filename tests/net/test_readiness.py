@@ -1,4 +1,4 @@
-"""Readiness: any number of tasks may wait for the same direction, and none is forgotten, whatever
+"""Readiness: any number of tasks may wait for the same direction, and each is woken, whatever
 happens to the others."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.net.conftest import clogged_pair, pair
 
 
 @pytest.mark.parametrize("direction", ["readable", "writable"])
-async def test_all_who_wait_for_one_direction_are_woken(direction: str) -> None:
+async def test_all_waiters_for_one_direction_are_woken(direction: str) -> None:
     ours, theirs = await clogged_pair() if direction == "writable" else pair()
     readiness = Readiness(ours.socket)
     woken = 0
@@ -52,7 +52,7 @@ async def test_if_the_first_is_cancelled_the_others_try_again() -> None:
         order.append("first cancelled")
 
     async def second() -> None:
-        await readiness.wait_readable()  # a spurious wake-up: the caller comes back
+        await readiness.wait_readable()  # a spurious wake-up: the caller waits again
         order.append("second woken")
         await readiness.wait_readable()
         order.append("second readable")
@@ -84,7 +84,7 @@ async def test_closing_wakes_all() -> None:
         except trio.ClosedResourceError:
             ended += 1
         else:
-            assert ours.closed  # woken by the first one: its caller looks and finds it closed
+            assert ours.closed  # woken by the first one: its caller finds it closed
             ended += 1
 
     with trio.fail_after(30):

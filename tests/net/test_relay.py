@@ -1,4 +1,4 @@
-"""The relay keeps half-closes, passes every byte on, and never lets a broken connection look like a
+"""The relay keeps half-closes, forwards every byte, and never makes a broken connection look like a
 finished one."""
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ async def test_a_conversation_with_half_closes_passes_whole(
         return await read_all(joined.client)
 
     async def reply() -> bytes:
-        received = await read_all(joined.server)  # answers only after the end of the question
+        received = await read_all(joined.server)  # responds only after the end of the request
         await joined.server.send_all(answer)
         await joined.server.send_eof()
         return received
@@ -151,7 +151,7 @@ async def test_a_side_that_is_lost_resets_the_other(
     joined.close()
 
 
-async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(
+async def test_the_response_of_a_side_that_no_longer_reads_still_arrives(
     relayed: Relaying, joined: Joined
 ) -> None:
     async def pour() -> None:
@@ -198,7 +198,7 @@ async def test_silence_on_both_sides_ends_it_with_resets(
     joined.close()
 
 
-async def test_a_word_in_either_direction_keeps_it_open(
+async def test_data_in_either_direction_keeps_it_open(
     relayed: Relaying, autojump_clock: trio.abc.Clock
 ) -> None:
     joined = plain()
@@ -274,7 +274,7 @@ async def test_a_reader_that_is_slow_holds_its_sender_back(relayed: Relaying) ->
     joined.close()
 
 
-# By way of a pipe...
+# Through a pipe...
 
 
 def pipes() -> int:
@@ -287,7 +287,7 @@ def pipes() -> int:
 
 
 async def passed_on(joined: Joined, data: bytes) -> None:
-    """Send `data` from the client to the server, and have it there."""
+    """Send `data` from the client to the server, and wait until it has arrived."""
 
     async def take() -> bytes:
         taken = bytearray()

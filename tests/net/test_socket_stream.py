@@ -1,5 +1,5 @@
-"""SocketStream: peeking takes nothing and never spins, a lost connection never looks like a clean
-end, closing wakes everyone."""
+"""SocketStream: peeking consumes nothing and never spins, a lost connection never looks like a
+clean end, closing wakes all waiters."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_a_peek_for_more_than_there_is_costs_no_cpu_while_it_waits() -> No
 
 @pytest.mark.parametrize("sent", [b"", b"abc"])
 @pytest.mark.parametrize("early", [True, False])
-async def test_the_end_during_a_peek_gives_what_is_there(sent: bytes, early: bool) -> None:
+async def test_the_end_during_a_peek_returns_the_available_bytes(sent: bytes, early: bool) -> None:
     ours, theirs = pair()
 
     async def end() -> None:
@@ -202,7 +202,7 @@ async def test_a_peek_that_cannot_be_met_is_a_mistake(max_bytes: int, at_least: 
     theirs.close()
 
 
-# Ends, clean and other
+# Ends, clean and others
 
 
 async def test_half_close_ends_one_direction_only() -> None:
@@ -242,7 +242,7 @@ async def test_a_lost_stream_does_not_wait_for_the_garbage_collector() -> None:
 
 
 async def test_a_reset_that_a_send_has_met_is_not_an_end_for_the_reader() -> None:
-    """The kernel tells of a reset once, and gives b"" afterwards."""
+    """The kernel reports a reset once, and returns b"" afterwards."""
     ours, theirs = pair()
     ours.reset()
     await wait_all_tasks_blocked()
@@ -254,7 +254,7 @@ async def test_a_reset_that_a_send_has_met_is_not_an_end_for_the_reader() -> Non
     theirs.close()
 
 
-async def test_what_a_peer_said_before_it_closed_can_be_read_after_a_send_has_failed() -> None:
+async def test_data_sent_before_the_peer_closed_can_be_read_after_a_send_has_failed() -> None:
     ours, theirs = pair()
     await ours.send_all(b"enough, thank you")
     ours.close()
@@ -335,7 +335,7 @@ async def test_a_socket_that_is_already_dead_makes_no_stream() -> None:
 
 async def test_lingering_saves_an_answer_from_the_reset() -> None:
     ours, theirs = pair()
-    await ours.send_all(bytes(500_000))  # a body that nobody wants
+    await ours.send_all(bytes(500_000))  # a body that is not read
     await theirs.send_all(b"413")
 
     async def finish() -> None:
@@ -405,6 +405,6 @@ def test_addresses_are_read_in_their_canonical_form(text: str, address: Address)
         (":80", "not an IP literal"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_reason(text: str, problem: str) -> None:
+def test_what_is_not_an_address_is_refused_with_the_reason(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Address.parse(text)

@@ -1,10 +1,12 @@
-"""How large the memory budget is by the limit of the container, and that freed memory goes back."""
+"""The memory budget follows the limit of the container, and freed memory is returned to the
+system."""
 
 from __future__ import annotations
 
 import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from proxy.process.memory import (
     forget_ended_scopes,
     limit_of_container,
     resident,
+    trim,
 )
 from proxy.telemetry.metrics import Metrics
 
@@ -68,7 +71,7 @@ def write(path: Path, text: str) -> None:
             "5:memory:/\n",
             {"memory/memory.limit_in_bytes": "9223372036854771712\n"},
             None,
-        ),  # cgroup v1 has no word for "no limit"
+        ),  # cgroup v1 has no value for "no limit"
         ("3:cpu:/\n", {"cpu/memory.limit_in_bytes": "5\n"}, None),
         ("", {}, None),
     ],
@@ -96,7 +99,7 @@ def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
         (1, None, UNLIMITED),
     ],
 )
-def test_the_budget_is_what_is_left_of_the_limit_for_each_worker(
+def test_the_budget_is_the_rest_of_the_limit_for_each_worker(
     workers: int, limit: int | None, budget: int
 ) -> None:
     assert budget_of(Config(workers=workers), limit) == budget
@@ -153,11 +156,11 @@ async def test_scopes_that_have_ended_are_forgotten_before_their_deadlines() -> 
 
 
 class Watched:
-    """A MemoryWatch, and how often it has given memory back."""
+    """A MemoryWatch, and how often it has returned memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self.metrics = Metrics()
-        self.watch = MemoryWatch(Config(), StreamLimit(), self.metrics)
+        self.watch = MemoryWatch(Config(), limit, StreamLimit(), self.metrics)
 
     @property
     def trims(self) -> float:
@@ -172,7 +175,7 @@ class Watched:
         )
 
     async def looks(self, seconds: int, clock: trio.testing.MockClock) -> float:
-        """Look once a second; how often memory was given back meanwhile."""
+        """Check once a second; returns how often memory was returned in that time."""
         before = self.trims
         for _ in range(seconds):
             await self.watch.look()
@@ -191,10 +194,10 @@ async def test_memory_is_given_back_until_that_does_not_help(
     assert await watched.looks(4, mock_clock) == 0
     share.close()
     assert await watched.looks(6, mock_clock) >= 1
-    # It is still large. That is looked into seldom, and ever more so.
+    # It is still large. That is checked seldom, and at growing intervals.
     assert 3 <= await watched.looks(100, mock_clock) <= 5
     assert await watched.looks(600, mock_clock) <= 4
-    # What is freed later goes back although nothing was buffered for it.
+    # Memory that is freed later is returned although nothing was buffered for it.
     del kept
     await watched.looks(400, mock_clock)
     assert resident() < start + 24 * MIB
@@ -212,4 +215,62 @@ async def test_memory_is_given_back_at_once_after_it_did_not_help_for_long(
     share.close()
     await watched.looks(6, mock_clock)
     assert watched.trims > before
+    assert kept
+
+
+@pytest.fixture
+def collections() -> Iterator[list[str]]:
+    """The full collections of the garbage collector so far."""
+    found: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            found.append(phase)
+
+    gc.callbacks.append(note)
+    yield found
+    gc.callbacks.remove(note)
+
+
+async def test_a_full_collection_waits_until_few_connections_are_open(
+    mock_clock: trio.testing.MockClock, collections: list[str]
+) -> None:
+    watched = Watched()
+    await watched.looks(6, mock_clock)
+    shares = [watched.watch.budget.share(MIB) for _ in range(300)]
+    await watched.looks(6, mock_clock)
+    for share in shares[:30]:
+        share.close()
+    del collections[:]
+    assert await watched.looks(20, mock_clock) >= 1  # the free pages go back at once
+    assert not collections
+    for share in shares[30:60]:
+        share.close()
+    await watched.looks(6, mock_clock)
+    assert len(collections) == 1
+    for share in shares[60:]:
+        share.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [(None, 0), (1 << 40, 0), (resident(), 3)],
+    ids=["no limit", "a far limit", "a near limit"],  # the same in each process of pytest-xdist
+)
+async def test_while_many_connections_are_open_a_full_collection_comes_only_near_the_limit(
+    mock_clock: trio.testing.MockClock,
+    collections: list[str],
+    limit: int | None,
+    most: int,
+) -> None:
+    trim()  # what earlier tests have freed would be used again, and the process would not grow
+    watched = Watched(limit)
+    await watched.looks(6, mock_clock)
+    shares = [watched.watch.budget.share() for _ in range(300)]
+    kept = [b"x" * 16384 for _ in range(4000)]
+    del collections[:]
+    await watched.looks(900, mock_clock)
+    assert min(most, 1) <= len(collections) <= most  # at most every five minutes
+    for share in shares:
+        share.close()
     assert kept

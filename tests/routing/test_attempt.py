@@ -1,18 +1,22 @@
-"""What an attempt says about its endpoint: the same, whichever path judges it."""
+"""What an attempt reports about its endpoint: the same on both paths."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from math import inf
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.endpoint_set import EndpointSet
 from proxy.directory import Endpoint, Target
-from proxy.exchange.exchange import ConnectionInfo, Exchange
+from proxy.directory.policy import DEFAULT_POLICY
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Handoff
 from proxy.net.address import Address
-from proxy.routing.attempt import Attempt
+from proxy.routing.attempt import Attempt, policy_deadline
 from proxy.wire.messages import Field, Headers, RequestHead, ResponseHead
 from tests.kit.dispatch import policy
 from tests.kit.exchanges import unanswered
@@ -60,7 +64,7 @@ both_paths = pytest.mark.parametrize("judge", [on_fast_path, on_ordinary_path])
         (200, b"0", ""),
     ],
 )
-def test_a_failure_is_named_for_what_the_policy_names(
+def test_a_failure_has_the_name_that_policies_use(
     judge: Judge, status: int, code: bytes, why: str
 ) -> None:
     endpoint_set, target = judged(judge, status, (b"grpc-status", code))
@@ -69,7 +73,7 @@ def test_a_failure_is_named_for_what_the_policy_names(
 
 @both_paths
 @pytest.mark.parametrize("silent", [True, False])
-def test_an_error_by_a_proxy_that_did_not_reach_the_service_is_no_response_of_it(
+def test_an_error_of_a_proxy_that_did_not_reach_the_service_is_not_a_response_of_the_service(
     judge: Judge, silent: bool
 ) -> None:
     endpoint_set, target = judged(
@@ -89,3 +93,22 @@ def test_an_attempt_without_a_service_says_nothing() -> None:
     exchange.response = ResponseHead(503)
     attempt.end(exchange)
     assert not attempt.has_outcome
+
+
+@pytest.mark.parametrize(
+    ("since", "expected"), [(None, 1007.5), (0.0, 1007.5), (998.0, 1005.5)], ids=str
+)
+async def test_the_time_limit_of_a_policy_begins_with_the_exchange(
+    mock_clock: MockClock, since: float | None, expected: float
+) -> None:
+    """The same limit on both paths: a handoff does not start it again."""
+    mock_clock.jump(1000.0 - trio.current_time())
+    exchange = unanswered(
+        CALL, ConnectionInfo("outbound", Address("10.1.0.9", 9), ENDPOINT.address)
+    )
+    if since is not None:
+        exchange.handoff = Handoff(since=since)
+    limited = policy("timeouts: {request: 7500ms}")
+    assert policy_deadline(exchange, limited) == pytest.approx(expected, abs=0.01)
+    assert policy_deadline(exchange, DEFAULT_POLICY) == inf
+    assert policy_deadline(exchange, policy("retries: {limit: 1}")) == inf

@@ -1,9 +1,8 @@
 """From a target to one of its endpoints, with real servers behind it.
 
-What must hold: another attempt is made only if nothing of a response has been passed on, if the
+What must hold: another attempt is made only if nothing of a response has been forwarded, if the
 request may be sent twice (or was not sent), if its body can be sent again, and within limit, budget
-and deadline; the server of a dropped response keeps its connection.
-"""
+and deadline. The server of a dropped response keeps its connection."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ from tests.kit.dispatch import (
     breaking,
     mesh,
     policy,
+    response_to,
     saying,
     silent,
     taking,
-    told,
 )
 from tests.kit.http import GET, OK, POST, Message, Peer, Script, origin, until
 from tests.kit.http2_hop import Settings2, hop2
@@ -36,8 +35,10 @@ from tests.kit.http2_peers import Answer, Peer2, answering2, speaking
 async def test_a_request_goes_to_another_endpoint_if_the_first_cannot_be_connected_to(
     request_bytes: bytes,
 ) -> None:
-    heard: list[Message] = []
-    async with mesh([taking([saying(OK)] * 20, heard)], policy("retries: {limit: 0}"), dead=2) as (
+    received: list[Message] = []
+    async with mesh(
+        [taking([saying(OK)] * 20, received)], policy("retries: {limit: 0}"), dead=2
+    ) as (
         world,
         places,
     ):
@@ -53,7 +54,7 @@ async def test_a_request_goes_to_another_endpoint_if_the_first_cannot_be_connect
         assert world.broken == 2
 
 
-async def test_if_none_can_be_connected_to_the_client_is_told_so() -> None:
+async def test_if_no_endpoint_can_be_connected_to_the_client_gets_the_reason() -> None:
     async with mesh([], policy("queue: {timeout: 500ms}"), dead=2) as (world, _):
         began = trio.current_time()
         answer = await (await world.hop.connect()).ask()
@@ -64,13 +65,13 @@ async def test_if_none_can_be_connected_to_the_client_is_told_so() -> None:
         assert b"error=connection_refused" in (answer.get(b"proxy-status") or b"")
 
 
-# Answered...
+# Responses...
 
 
 async def test_a_status_that_the_policy_names_is_tried_again() -> None:
-    found = await told(GET, [saying(BUSY), saying(OK)], "retries: {statuses: [503]}")
+    found = await response_to(GET, [saying(BUSY), saying(OK)], "retries: {statuses: [503]}")
     assert (found.status, found.body) == (200, b"ok")
-    assert len(found.heard) == 2
+    assert len(found.received) == 2
     (attempt,) = found.world.tried[0]
     assert 0 <= attempt.ended - attempt.started < 60, "the first attempt has a beginning too"
     assert (attempt.status, attempt.reason) == (503, "status")
@@ -78,9 +79,9 @@ async def test_a_status_that_the_policy_names_is_tried_again() -> None:
 
 
 async def test_the_last_answer_is_passed_on_as_it_is() -> None:
-    found = await told(GET, [saying(BUSY)] * 3, "retries: {statuses: [503], limit: 2}")
+    found = await response_to(GET, [saying(BUSY)] * 3, "retries: {statuses: [503], limit: 2}")
     assert (found.status, found.body, found.proxy_status) == (503, b"busy", b"")
-    assert len(found.heard) == 3
+    assert len(found.received) == 3
     assert found.world.count("retries_refused_total", reason="limit") == 1
 
 
@@ -88,23 +89,23 @@ async def test_the_last_answer_is_passed_on_as_it_is() -> None:
     "rules", ["", "retries: {statuses: [500]}", "retries: {statuses: [503], limit: 0}"]
 )
 async def test_a_status_that_it_does_not_name_is_not(rules: str) -> None:
-    found = await told(GET, [saying(BUSY)], rules)
-    assert (found.status, len(found.heard)) == (503, 1)
+    found = await response_to(GET, [saying(BUSY)], rules)
+    assert (found.status, len(found.received)) == (503, 1)
 
 
 async def test_a_method_that_is_not_idempotent_is_tried_again_only_if_the_policy_says_so() -> None:
-    assert (await told(POST, [saying(BUSY)], "retries: {statuses: [503]}")).status == 503
-    found = await told(
+    assert (await response_to(POST, [saying(BUSY)], "retries: {statuses: [503]}")).status == 503
+    found = await response_to(
         POST, [saying(BUSY), saying(OK)], "retries: {statuses: [503], all_methods: true}"
     )
     assert found.status == 200
-    assert [message.body for message in found.heard] == [b"hi", b"hi"]
+    assert [message.body for message in found.received] == [b"hi", b"hi"]
 
 
 async def test_a_dropped_response_leaves_its_connection_for_the_next_request() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
     steps = [saying(BUSY), saying(OK), saying(OK)]
-    async with origin(taking(steps, heard)) as server:
+    async with origin(taking(steps, received)) as server:
         world = Mesh(
             Target(
                 "default/web",
@@ -116,17 +117,17 @@ async def test_a_dropped_response_leaves_its_connection_for_the_next_request() -
             server.address, settings=Settings2(up=b"1.1", steer=world.steer)
         ) as world.hop:
             client = await world.hop.connect()
-            assert (await client.ask()).status == 200, "the only endpoint is asked again"
+            assert (await client.ask()).status == 200, "the only endpoint is tried again"
             assert (await client.ask()).status == 200
             assert server.opened == 1
 
 
-async def test_a_dropped_response_that_is_long_costs_its_connection_and_nothing_else() -> None:
+async def test_a_dropped_response_that_is_long_closes_only_its_connection() -> None:
     async def long(peer: Peer, _: Message) -> None:
         await peer.send(b"HTTP/1.1 503 x\r\nContent-Length: 10000000\r\n\r\n" + bytes(1000))
         await peer.rest()
 
-    found = await told(GET, [long, saying(OK)], "retries: {statuses: [503]}")
+    found = await response_to(GET, [long, saying(OK)], "retries: {statuses: [503]}")
     assert found.status == 200
 
 
@@ -134,40 +135,40 @@ async def test_a_dropped_response_that_is_long_costs_its_connection_and_nothing_
 
 
 async def test_an_idempotent_request_that_broke_off_is_tried_again_with_its_body() -> None:
-    found = await told(PUT, [breaking, saying(OK)])
+    found = await response_to(PUT, [breaking, saying(OK)])
     assert found.status == 200
-    assert [message.body for message in found.heard] == [b"hi", b"hi"]
+    assert [message.body for message in found.received] == [b"hi", b"hi"]
     (attempt,) = found.world.tried[0]
     assert (attempt.reason, attempt.request_bytes) == ("upstream_closed", 2)
 
 
 async def test_any_other_one_is_not() -> None:
-    found = await told(POST, [breaking])
+    found = await response_to(POST, [breaking])
     assert found.status == 502
-    assert len(found.heard) == 1
+    assert len(found.received) == 1
 
 
 async def test_a_body_of_64_kib_is_sent_again_and_a_longer_one_is_not() -> None:
     for size, status in ((65536, 200), (65537, 502)):
         body = bytes(range(256)) * 257
         request = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (size, body[:size])
-        found = await told(request, [breaking, saying(OK)])
+        found = await response_to(request, [breaking, saying(OK)])
         assert found.status == status
         if status == 200:
-            assert [message.body for message in found.heard] == [body[:size]] * 2
+            assert [message.body for message in found.received] == [body[:size]] * 2
         else:
             assert found.world.count("retries_refused_total", reason="body") == 1
 
 
 async def test_a_body_that_is_still_coming_is_sent_again_from_its_beginning() -> None:
-    heard: list[Message] = []
+    received: list[Message] = []
 
     async def first(peer: Peer) -> None:
         await peer.until(b"first")
-        heard.append(Message((b"", b""), [], b""))
+        received.append(Message((b"", b""), [], b""))
         peer.reset()
 
-    scripts: list[Script] = [first, taking([saying(OK)], heard)]
+    scripts: list[Script] = [first, taking([saying(OK)], received)]
 
     async def either(peer: Peer) -> None:
         await scripts.pop(0)(peer)
@@ -177,25 +178,25 @@ async def test_a_body_that_is_still_coming_is_sent_again_from_its_beginning() ->
         await client.send(
             b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"
         )
-        await until(lambda: len(heard) == 1 and not scripts)
+        await until(lambda: len(received) == 1 and not scripts)
         await client.send(b"6\r\nsecond\r\n0\r\n\r\n")
         assert (await client.response("PUT")).status == 200
-        assert heard[1].body == b"firstsecond"
+        assert received[1].body == b"firstsecond"
 
 
 async def test_nothing_is_tried_again_once_a_byte_has_been_passed_on() -> None:
     async def hints(peer: Peer, _: Message) -> None:
         await peer.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
-        await trio.sleep(0.05)  # a reset would take the hints with it
+        await trio.sleep(0.05)  # a reset would destroy the hints
         await breaking(peer, _)
 
-    found = await told(GET, [hints])
+    found = await response_to(GET, [hints])
     assert found.status == 502
-    assert len(found.heard) == 1
+    assert len(found.received) == 1
 
 
 async def test_without_a_budget_nothing_is_tried_again() -> None:
-    found = await told(GET, [breaking], "retries: {budget: {ratio: 0, min_per_second: 0}}")
+    found = await response_to(GET, [breaking], "retries: {budget: {ratio: 0, min_per_second: 0}}")
     assert found.status == 502
     assert found.world.count("retries_refused_total", reason="budget") == 1
 
@@ -203,11 +204,11 @@ async def test_without_a_budget_nothing_is_tried_again() -> None:
 # Time...
 
 
-async def test_an_attempt_that_takes_too_long_is_given_up_for_another(
+async def test_an_attempt_that_takes_too_long_is_ended_and_another_one_starts(
     mock_clock: MockClock,
 ) -> None:
     mock_clock.autojump_threshold = AUTOJUMP
-    found = await told(GET, [silent, saying(OK)], "retries: {attempt_timeout: 30s}")
+    found = await response_to(GET, [silent, saying(OK)], "retries: {attempt_timeout: 30s}")
     assert found.status == 200
     assert found.world.tried[0][0].reason == "upstream_timeout"
 
@@ -222,7 +223,7 @@ async def test_the_time_of_an_attempt_ends_with_the_head_of_its_response(
         await trio.sleep(100)
         await peer.send(OK[-2:])
 
-    found = await told(GET, [slow], "retries: {attempt_timeout: 30s}")
+    found = await response_to(GET, [slow], "retries: {attempt_timeout: 30s}")
     assert (found.status, found.body) == (200, b"ok")
 
 
@@ -230,7 +231,7 @@ async def test_a_request_that_takes_longer_than_its_policy_allows_is_answered_50
     mock_clock: MockClock,
 ) -> None:
     mock_clock.autojump_threshold = AUTOJUMP
-    found = await told(GET, [silent], "timeouts: {request: 30s}")
+    found = await response_to(GET, [silent], "timeouts: {request: 30s}")
     assert found.status == 504
     assert b"error=http_response_timeout" in found.proxy_status
     assert b"did not finish within 30 s" in found.proxy_status
@@ -248,7 +249,7 @@ async def test_a_request_that_takes_longer_than_its_policy_allows_is_answered_50
 async def test_the_time_of_a_request_ends_with_its_upgrade(
     request_bytes: bytes, answer: bytes, mock_clock: MockClock
 ) -> None:
-    """A WebSocket lives for hours; what follows the switch is no request any more."""
+    """A WebSocket lives for hours. What follows the switch is not a request any more."""
     mock_clock.autojump_threshold = AUTOJUMP
 
     async def server(peer: Peer) -> None:
@@ -290,12 +291,12 @@ async def test_the_time_of_a_connect_on_a_stream_ends_with_its_2xx(mock_clock: M
 
 
 async def test_a_head_that_takes_longer_than_the_policy_allows_is_answered_504() -> None:
-    found = await told(GET, [silent], "timeouts: {response_head: 100ms}")
+    found = await response_to(GET, [silent], "timeouts: {response_head: 100ms}")
     assert found.status == 504
     assert b"did not answer within 0.1 s" in found.proxy_status
 
 
-# What a request says itself...
+# Settings of a request itself...
 
 
 def asking(*fields: bytes) -> bytes:
@@ -311,11 +312,11 @@ async def test_limits_of_the_request_hold_where_the_policy_allows_them_and_are_n
         b"isthmus-timeout: 10s",
         b"x-kept: 1",
     )
-    found = await told(request, [saying(BUSY)] * 3 + [saying(OK)], "overrides: true")
-    assert (found.status, len(found.heard)) == (200, 4)
-    found = await told(request, [saying(BUSY)])
-    assert (found.status, len(found.heard)) == (503, 1), "the policy does not allow it"
-    for message in found.heard:
+    found = await response_to(request, [saying(BUSY)] * 3 + [saying(OK)], "overrides: true")
+    assert (found.status, len(found.received)) == (200, 4)
+    found = await response_to(request, [saying(BUSY)])
+    assert (found.status, len(found.received)) == (503, 1), "the policy does not allow it"
+    for message in found.received:
         assert not [name for name, _ in message.headers if name.startswith(b"isthmus-")]
         assert message.get(b"x-kept") == b"1"
 
@@ -327,10 +328,10 @@ async def test_a_limit_that_cannot_be_read_is_answered_400() -> None:
         (b"isthmus-retry-grpc: unavailable, what", b"isthmus-retry-grpc: expected a gRPC status"),
         (b"isthmus-retry-statuses: \xff", b"isthmus-retry-statuses: "),
     ):
-        found = await told(asking(line), [], "overrides: true")
+        found = await response_to(asking(line), [], "overrides: true")
         assert found.status == 400
         assert words in found.proxy_status
-        assert not found.heard
+        assert not found.received
 
 
 @pytest.mark.parametrize(

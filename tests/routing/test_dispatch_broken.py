@@ -1,10 +1,9 @@
-"""Endpoints that are broken, with real servers behind them: who is left alone, who waits, who is
-told at once, and who is sent to try.
+"""Endpoints with open circuits, with real servers behind them: which circuits open, which requests
+wait, which fail at once, and which one is the trial.
 
-What must hold: where nothing can be used the client is told why, at once if waiting is in vain;
-those who wait are served in order, and there are never more than may wait. Connections are treated
-as requests are.
-"""
+What must hold: if no endpoint can be used the client gets the reason, at once if waiting is
+useless. Waiting requests are served in order, and their number is bounded. Connections are treated
+like requests."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from tests.kit.dispatch import (
     AUTOJUMP,
     BUSY,
     CLOSED,
+    NOT_LISTENING,
     PUT,
-    UNHEARD,
     Step,
     breaking,
     mesh,
@@ -39,17 +38,23 @@ from tests.kit.http2_peers import Answer, Peer2, answering2, reserve, speaking
 async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when_it_has_recovered() -> (
     None
 ):
-    heard: list[Message] = []
+    received: list[Message] = []
     rules = policy(
         "{retries: {limit: 0}, breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue:"
         " {timeout: 20s}}"
     )
-    steps = [saying(UNHEARD), saying(UNHEARD), saying(UNHEARD), saying(OK), saying(OK)]
-    async with mesh([taking(steps, heard)], rules) as (world, _):
+    steps = [
+        saying(NOT_LISTENING),
+        saying(NOT_LISTENING),
+        saying(NOT_LISTENING),
+        saying(OK),
+        saying(OK),
+    ]
+    async with mesh([taking(steps, received)], rules) as (world, _):
         client = await world.hop.connect()
         assert [(await client.ask()).status for _ in range(3)] == [502] * 3
         assert world.broken == 1
-        assert (await client.ask()).status == 200, "it waited, and was the one on probation"
+        assert (await client.ask()).status == 200, "it waited, and was the trial request"
         assert world.broken == 0
         assert world.count("queued_total", result="served") == 1
         assert [
@@ -88,7 +93,7 @@ async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from
         )
 
 
-async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_only_one(
+async def test_the_circuit_breaker_of_a_silent_endpoint_opens_although_it_is_the_only_one(
     mock_clock: MockClock,
 ) -> None:
     mock_clock.autojump_threshold = AUTOJUMP
@@ -96,11 +101,11 @@ async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_
         "{timeouts: {response_head: 5s}, breaker: {failures: 3, min_penalty: 1m}, queue:"
         " {timeout: 1s}, retries: {limit: 0}}"
     )
-    heard: list[Message] = []
-    async with mesh([taking([silent] * 5, heard)], rules) as (world, _):
+    received: list[Message] = []
+    async with mesh([taking([silent] * 5, received)], rules) as (world, _):
         seen = [(await (await world.hop.connect()).ask()).status for _ in range(5)]
         assert seen == [504] * 3 + [503] * 2
-        assert len(heard) == 3
+        assert len(received) == 3
 
 
 async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
@@ -122,11 +127,11 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
 async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and_does_not_count(
     version: int, code: int
 ) -> None:
-    """RFC 9113 §8.1.1: it is malformed, or too large. Only the client can do better."""
-    heard: list[Answer] = []
+    """RFC 9113 §8.1.1: it is malformed, or too large. Only the client can correct it."""
+    received: list[Answer] = []
 
     async def resets(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await peer.reset(number, code)
 
     async with mesh([speaking(answering2(resets))] * 2, policy("retries: {limit: 3}"), up=b"2") as (
@@ -139,7 +144,7 @@ async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and
                 assert (await first.ask()).status == 502
             else:
                 assert (await second.ask()).reset == code
-        assert len(heard) == 20
+        assert len(received) == 20
         assert world.broken == 0
 
 
@@ -166,14 +171,16 @@ async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_no
         assert world.broken == 1
 
 
-async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> (
+async def test_a_request_waits_for_an_early_trial_in_a_short_outage_and_fails_at_once_in_a_long_one() -> (
     None
 ):
     rules = policy(
         "{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries:"
         " {limit: 0}}"
     )
-    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK)], [])], rules) as (
+    async with mesh(
+        [taking([saying(NOT_LISTENING), saying(NOT_LISTENING), saying(OK)], [])], rules
+    ) as (
         world,
         _,
     ):
@@ -182,7 +189,7 @@ async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_
         (breaker,) = endpoint_set.broken.values()
         breaker.until = (
             trio.current_time() + 10
-        )  # it has failed more often: less than anybody may wait
+        )  # it has failed more often: less than the maximum wait
         endpoint_set._changes += 1
         assert [(await client.ask()).status for _ in range(2)] == [
             502,
@@ -192,14 +199,14 @@ async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_
         assert not endpoint_set.broken
 
 
-async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was_in_vain() -> None:
-    heard: list[Message] = []
+async def test_after_a_long_outage_all_wait_for_one_trial_and_fail_if_it_fails() -> None:
+    received: list[Message] = []
     rules = policy(
         "{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries:"
         " {limit: 0}}"
     )
     async with mesh(
-        [taking([saying(UNHEARD), saying(UNHEARD)] + [saying(OK)] * 9, heard)], rules
+        [taking([saying(NOT_LISTENING), saying(NOT_LISTENING)] + [saying(OK)] * 9, received)], rules
     ) as (world, _):
         clients, endpoint_set = (
             [await world.hop.connect() for _ in range(4)],
@@ -214,8 +221,8 @@ async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was
                 await client.send(GET)
                 await until(lambda number=number: world.balancer.waiting() == number + 1)  # type: ignore[misc]
             statuses = [(await client.response()).status for client in clients]
-            assert statuses == [502, 503, 503, 503], "one was sent to try"
-            assert len(heard) == 2
+            assert statuses == [502, 503, 503, 503], "one was the trial"
+            assert len(received) == 2
             for client in clients:
                 await client.send(GET)
             assert [(await client.response()).status for client in clients] == [200] * 4
@@ -223,8 +230,8 @@ async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was
 
 
 async def test_no_request_fails_because_of_a_trial_from_before_the_service_came_back() -> None:
-    """Those whose time is over between the return and the next trial wait for that one, and so do
-    those who come in between."""
+    """Requests whose time is over between the return and the next trial wait for that one, and so
+    do those that arrive in between."""
     rules = policy("{breaker: {connect_penalty: 600ms, jitter: 0}, queue: {timeout: 2s}}")
     taken, place = reserve()
     async with mesh([], rules, dead=1) as (world, _):
@@ -253,7 +260,7 @@ async def test_no_request_fails_because_of_a_trial_from_before_the_service_came_
         assert not world.broken
 
 
-async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_told_at_once() -> (
+async def test_if_all_circuits_are_open_for_longer_than_the_maximum_wait_the_request_fails_at_once() -> (
     None
 ):
     async with mesh(
@@ -283,25 +290,27 @@ async def test_a_service_without_endpoints_fails_at_once() -> None:
         assert world.hop.ended[0].failure == "no_endpoint"
 
 
-async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None:
-    release, heard = trio.Event(), []
+async def test_the_number_of_waiting_requests_is_bounded_and_they_fail_when_the_trial_fails() -> (
+    None
+):
+    release, received = trio.Event(), []
 
     async def probed(peer: Peer, _: Message) -> None:
         await release.wait()
-        await peer.send(UNHEARD)
+        await peer.send(NOT_LISTENING)
 
     rules = policy(
         "{breaker: {failures: 1, min_penalty: 1m, jitter: 0}, queue: {size: 1, timeout: 2500ms},"
         " retries: {limit: 0}}"
     )
-    async with mesh([taking([saying(UNHEARD), probed], heard)], rules) as (world, _):
+    async with mesh([taking([saying(NOT_LISTENING), probed], received)], rules) as (world, _):
         clients = [await world.hop.connect() for _ in range(3)]
         assert (await clients[0].ask()).status == 502
         (breaker,) = world.balancer.endpoint_set("default/web").broken.values()
-        breaker.until = 0.0  # its penalty is over, and a step is still a minute
+        breaker.until = 0.0  # its open time is over, and a step is still a minute
         world.balancer.endpoint_set("default/web")._changes += 1
         await clients[0].send(GET)
-        await until(lambda: len(heard) == 2)  # on probation
+        await until(lambda: len(received) == 2)  # half open
         await clients[1].send(GET)
         await until(lambda: world.balancer.waiting() == 1)
         answer = await clients[2].ask()
@@ -329,13 +338,16 @@ async def test_who_waits_is_served_when_the_directory_has_something_new() -> Non
             assert (await client.response()).status == 200
 
 
-async def test_those_who_wait_are_served_in_order_once_the_endpoint_has_recovered() -> None:
-    heard: list[Message] = []
+async def test_waiting_requests_are_served_in_order_when_the_endpoint_has_recovered() -> None:
+    received: list[Message] = []
     rules = policy(
         "{breaker: {failures: 1, min_penalty: 100ms, jitter: 0}, queue: {timeout: 20s}, retries:"
         " {limit: 0}}"
     )
-    async with mesh([taking([saying(UNHEARD)] + [saying(OK)] * 20, heard)], rules) as (world, _):
+    async with mesh([taking([saying(NOT_LISTENING)] + [saying(OK)] * 20, received)], rules) as (
+        world,
+        _,
+    ):
         first = await world.hop.connect()
         assert (await first.ask()).status == 502
         clients = [await world.hop.connect() for _ in range(20)]

@@ -1,10 +1,9 @@
 """Attempts at gRPC calls: a status may be at the head or at the end of a response, and a deadline
 is the client's own.
 
-What must hold: a call is tried again only for a status that its policy names and that came before
-anything was passed on; a status behind messages counts for the breaker; no attempt outlives the
-deadline of the call.
-"""
+What must hold: a call is retried only for a status that its policy names and that came before
+anything was forwarded. A status after messages counts for the circuit breaker. No attempt outlives
+the deadline of the call."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ async def test_a_call_that_ends_with_a_status_of_the_policys_is_tried_again(
         assert (answer.body, answer.trailers[0]) == (b"message", (b"grpc-status", b"0"))
         left = dict(answer.trailers)[b"left"]
         assert left.endswith(b"u"), left
-        assert 5_000_000 < int(left[:-1]) < 20_000_000, "the second server is told what is left"
+        assert 5_000_000 < int(left[:-1]) < 20_000_000, "the second server gets the remaining time"
         assert not steps
         assert world.tried[0][0].reason == "grpc_status"
 
@@ -85,7 +84,7 @@ Ends = Callable[[Peer2, int, Answer], Awaitable[None]]
 async def statuses(
     steps: list[Ends], fields: list[tuple[bytes, bytes]] = GRPC
 ) -> tuple[list[bytes], int]:
-    """What calls that end so, one after the other, are told, and how many endpoints are broken
+    """The statuses of calls that end like this, in sequence, and how many circuits are open
     then."""
     rules = policy("{breaker: {failures: 3}, retries: {grpc: [unavailable]}}")
     async with mesh([calls(list(steps))], rules, up=b"2") as (world, _):
@@ -94,11 +93,11 @@ async def statuses(
             dict((await client.ask(fields, b"message")).trailers).get(b"grpc-status", b"")
             for _ in steps
         ]
-        assert not any(world.tried), "what has been passed on is not tried again"
+        assert not any(world.tried), "what has been forwarded is not retried"
         return seen, world.broken
 
 
-async def test_a_status_behind_messages_counts_for_the_breaker() -> None:
+async def test_a_status_after_messages_counts_for_the_breaker() -> None:
     assert await statuses([unavailable_at_the_end] * 3) == ([b"14"] * 3, 1)
 
 
@@ -109,13 +108,13 @@ async def test_a_call_that_ends_well_ends_the_row(between: Ends) -> None:
     assert (len(seen), broken) == (5, 0)
 
 
-async def test_such_trailers_of_what_is_not_grpc_say_nothing() -> None:
+async def test_such_trailers_mean_nothing_outside_of_grpc() -> None:
     fields = [field for field in GRPC if field[0] != b"content-type"]
     seen, broken = await statuses([unavailable_at_the_end] * 4, fields)
     assert (seen, broken) == ([b"14"] * 4, 0)
 
 
-async def test_a_call_that_is_under_way_neither_ends_a_row_nor_keeps_an_endpoint_on_probation() -> (
+async def test_an_unfinished_call_neither_resets_the_failure_count_nor_keeps_a_circuit_half_open() -> (
     None
 ):
     rules = policy("{breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}}")
@@ -152,7 +151,7 @@ async def test_no_attempt_outlives_the_deadline_of_the_call() -> None:
         )
         assert answer.get(b"grpc-status") == b"4"
         assert b"http_response_timeout" in (answer.get(b"grpc-message") or b"")
-        assert world.broken == 0, "the client's impatience says nothing against the endpoint"
+        assert world.broken == 0, "the client's short deadline does not count against the endpoint"
 
 
 async def test_a_call_that_has_no_time_left_for_another_attempt_gets_its_answer() -> None:

@@ -1,9 +1,8 @@
-"""Requests that a server has not looked at, with real servers behind the proxy.
+"""Requests that a server has not processed, with real servers behind the proxy.
 
-What must hold: a refused stream is a retry of the policy's, within limit and budget, and of nobody
-else's; a connection that goes away under a request costs one attempt more for all of it; so two
-proxies in a row do not multiply what the server sees.
-"""
+What must hold: a refused stream is retried only by the policy, within limit and budget. A
+connection that ends under a request causes one more attempt in total. So two proxies in a row do
+not multiply the requests of the server."""
 
 from __future__ import annotations
 
@@ -33,9 +32,7 @@ async def test_a_stream_that_is_refused_again_and_again_is_sent_once_and_as_ofte
         _,
     ):
         answer = await (await world.hop.connect2()).ask(GRPC, b"message")
-        assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM, (
-            "it may be sent again by whoever asked"
-        )
+        assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM, "the client may send it again"
         assert world.hop.ended[0].attempts == 1 + limit
         assert world.count("retries_total", cause="refused") == limit
         assert world.count("retries_refused_total", reason="limit") == (1 if limit else 0)
@@ -97,7 +94,7 @@ async def test_kept_connections_that_always_break_cost_one_attempt_more_in_all(l
 
 @pytest.mark.parametrize("limit", [0, 1])
 @pytest.mark.parametrize("how", ["reset", "goaway"])
-async def test_what_a_server_refuses_is_not_multiplied_by_the_proxies_on_its_way(
+async def test_refused_streams_are_not_multiplied_by_the_proxies_on_the_path(
     how: str, limit: int
 ) -> None:
     seen = 0

@@ -1,9 +1,8 @@
-"""Endpoints with which mutual TLS fails, or which refuse a connection: the client is told at once,
-and waits for no one.
+"""Endpoints with which mutual TLS fails, or which refuse a connection: the client gets the error at
+once, without a wait for other requests.
 
-What must hold: other endpoints are tried first; a request waits only if one of the endpoints may
-come back; the client gets the reason of its own attempt.
-"""
+What must hold: other endpoints are tried first. A request waits only if one of the endpoints may
+come back. The client gets the reason of its own attempt."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from proxy.errors import AllCircuitsOpen, TunnelRefused, Undelivered, UpstreamTL
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
-from tests.kit.apps import HOST, Fleet, application, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, outbound_port
 from tests.kit.clusters import LISTEN
 from tests.kit.dispatch import Mesh, mesh, policy
 from tests.kit.http import GET, connect, until
@@ -33,7 +32,7 @@ SERVICE = "192.0.2.1"
 
 @dataclass
 class Endpoints:
-    """Connects by failing: in the way that is set for an endpoint, or else as `default`."""
+    """A dialler that fails: in the way that is set for an endpoint, or else as `default`."""
 
     default: Exception
     by_port: dict[int, Exception] = field(default_factory=dict)
@@ -62,7 +61,7 @@ def rejections() -> list[Exception]:
 async def fails(
     world: Mesh, endpoints: Endpoints, expected: type[Exception]
 ) -> tuple[Exception, float]:
-    """What a connection is told, and after how many seconds."""
+    """The error of a connection, and after how many seconds."""
     since = trio.current_time()
     with pytest.raises(expected) as caught:
         await world.dispatcher.connected(lambda: world.target, endpoints.connect)
@@ -75,7 +74,7 @@ async def fails(
     ids=lambda error: f"{type(error).__name__}-{getattr(error, 'kind', '')}",
 )
 @pytest.mark.parametrize("number", [1, 2])
-async def test_a_rejected_connection_fails_at_once_behind_all_endpoints(
+async def test_a_rejected_connection_fails_at_once_after_all_endpoints(
     autojump_clock: trio.testing.MockClock, rejection: Exception, number: int
 ) -> None:
     async with mesh([], PATIENT) as (world, _):
@@ -107,7 +106,7 @@ async def test_a_connection_waits_for_an_endpoint_that_may_come_back(
         assert endpoints.tried.count(1) > 5
 
 
-async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(
+async def test_requests_that_find_the_breaker_open_fail_after_the_first_trial(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """A certificate was refused: the next ones wait for one trial, not for the whole of their
@@ -116,19 +115,19 @@ async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(
         endpoints = Endpoints(UpstreamTLSError("why", "certificate"))
         world.target = endpoints.target(1)
         await fails(world, endpoints, UpstreamTLSError)
-        told: list[str] = []
+        response_to: list[str] = []
 
         async def one() -> None:
             failure, seconds = await fails(world, endpoints, (UpstreamTLSError, AllCircuitsOpen))  # type: ignore[arg-type]
             assert seconds <= 0.2 + 0.25
-            told.append(str(failure) if isinstance(failure, AllCircuitsOpen) else "rejected")
+            response_to.append(str(failure) if isinstance(failure, AllCircuitsOpen) else "rejected")
 
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(one)
-        assert told.count("rejected") == 1
-        assert all("tls_certificate" in words for words in told if words != "rejected"), (
-            "the others are told the reason"
+        assert response_to.count("rejected") == 1
+        assert all("tls_certificate" in words for words in response_to if words != "rejected"), (
+            "the others get the reason"
         )
         assert len(endpoints.tried) == 2
 
@@ -144,8 +143,8 @@ def fast(request: pytest.FixtureRequest) -> bool:
 async def _hears(
     folder: Path, fast: bool, name: str, protocol: str, allow: str = ""
 ) -> tuple[bytes, float]:
-    """What a client hears whose proxy connects to a sidecar as `name`, and after how many seconds.
-    The queue's timeout is 20 s."""
+    """The response for a client whose proxy connects to a sidecar as `name`, and after how many
+    seconds. The queue's timeout is 20 s."""
     fleet = Fleet(folder)
 
     async def greet(stream: trio.SocketStream) -> None:
@@ -156,7 +155,7 @@ async def _hears(
             {"allow": {port: [fleet.identity(allow)]}} if allow else {}
         )
         async with fleet.running("server", inbound=settings, fast_path=fast) as server:
-            place = way_in(server)
+            place = inbound_port(server)
             endpoint = {"address": HOST, "identity": fleet.identity(name), "ports": {"80": place}}
             ports = [{"port": 80, "protocol": protocol}]
             rules = {"queue": {"timeout": "20s"}}
@@ -171,44 +170,47 @@ async def _hears(
             async with fleet.running(
                 "west", {"services": [service]}, outbound=outbound, fast_path=fast
             ) as west:
-                client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
+                client, since = (
+                    await connect(Address(HOST, outbound_port(west))),
+                    trio.current_time(),
+                )
                 await client.send(GET)
                 if protocol == "opaque":
-                    heard = b""
+                    received = b""
                     with suppress(trio.BrokenResourceError):
-                        heard = await client.rest()
+                        received = await client.rest()
                 else:
                     answer = await client.response()
-                    heard = b"%d %b" % (answer.status, answer.get(b"proxy-status") or b"")
+                    received = b"%d %b" % (answer.status, answer.get(b"proxy-status") or b"")
                 client.close()
-                return heard, trio.current_time() - since
+                return received, trio.current_time() - since
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2", "opaque"])
 async def test_a_server_with_another_identity_is_reported_at_once(
     tmp_path: Path, fast: bool, protocol: str
 ) -> None:
-    heard, seconds = await _hears(tmp_path, fast, "bank", protocol)
+    received, seconds = await _hears(tmp_path, fast, "bank", protocol)
     if protocol == "opaque":
-        assert heard == b""
+        assert received == b""
     else:
-        assert heard.startswith(b"502 ")
-        assert b"error=tls_certificate_error" in heard
+        assert received.startswith(b"502 ")
+        assert b"error=tls_certificate_error" in received
     assert seconds < 5
 
 
 async def test_an_opaque_connection_that_the_policy_does_not_allow_is_closed_at_once(
     tmp_path: Path, fast: bool
 ) -> None:
-    heard, seconds = await _hears(tmp_path, fast, "server", "opaque", allow="other")
-    assert heard == b""
+    received, seconds = await _hears(tmp_path, fast, "server", "opaque", allow="other")
+    assert received == b""
     assert seconds < 5
 
 
 async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(
     tmp_path: Path, fast: bool
 ) -> None:
-    """As by a sidecar that is stopped within a handshake, and comes back."""
+    """As with a sidecar that is stopped within a handshake, and comes back."""
     fleet, seen = Fleet(tmp_path), 0
 
     async def cut(stream: trio.SocketStream) -> None:
@@ -231,7 +233,7 @@ async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(
         async with fleet.running(
             "west", {"services": [service]}, outbound=outbound, fast_path=fast
         ) as west:
-            client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
+            client, since = await connect(Address(HOST, outbound_port(west))), trio.current_time()
             answer = await client.ask()
             assert (answer.status, trio.current_time() - since >= 1) == (502, True)
             assert (

@@ -1,5 +1,5 @@
-"""The ways into other clusters: which gateways are used, found out by their names and by asking
-them, over the real thing."""
+"""Connections to other clusters: which gateways are used. They are found by DNS and by probes, with
+real proxies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost
 from proxy.net.socket_stream import SocketStream
 from proxy.routing.remote_gateways import RemoteGateways
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.kit.clusters import (
     LISTEN,
     NAMED,
@@ -52,7 +52,7 @@ async def test_a_gateway_that_is_given_by_a_name_is_found(tmp_path: Path) -> Non
         await until(
             lambda: bool(all_.west.remote_gateways.through(remote(all_)).endpoints), PATIENCE
         )
-        for _ in range(5):  # it may have another address, at which nobody is
+        for _ in range(5):  # it may have another address, without a gateway
             assert (await all_.ask("c.east")).status == 200
 
 
@@ -75,7 +75,7 @@ async def test_a_name_that_does_not_resolve_fails_requests_at_once_and_says_so(
 
 async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
-        port = way_in(all_.gateway)
+        port = inbound_port(all_.gateway)
         assert (await all_.ask("c.east")).status == 200
         all_.gateway.inbound.drain(0)  # it listens no more, and its connections end
         await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 0.0'), PATIENCE)
@@ -84,7 +84,7 @@ async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path
         assert f"no gateway of east is usable: {HOST}:{port}: ".encode() in answer.body
         settings = {"enabled": True, "listen": [f"{HOST}:{port}"]}
         async with all_.fleet.running(
-            "gateway", east_directory(way_in(all_.server)), gateway=settings
+            "gateway", east_directory(inbound_port(all_.server)), gateway=settings
         ):
             await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 1.0'), PATIENCE)
             assert (await all_.ask("c.east")).status == 200
@@ -100,7 +100,7 @@ async def test_a_gateway_that_is_shutting_down_gets_no_new_requests(tmp_path: Pa
         await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 0.0'), PATIENCE)
 
 
-async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
+async def test_a_gateway_with_another_identity_is_not_used(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         directory = {
             "allow_identity_loss": True,  # `services` is empty
@@ -111,7 +111,7 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
                     "gateways": [
                         {
                             "address": HOST,
-                            "port": way_in(all_.gateway),
+                            "port": inbound_port(all_.gateway),
                             "identity": Fleet.identity("other"),
                         }
                     ],
@@ -128,20 +128,19 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
         )
 
 
-# What a gateway that stands still does to what is under way...
+# The effect of a gateway that hangs on streams in progress...
 
 
 @dataclass
 class Stopped:
-    """A gateway that is a process of its own, so that it can be made to stand still, and the
-    sidecar that goes through it."""
+    """A gateway in its own process, so that it can be suspended, and the sidecar that uses it."""
 
     west: App
     process: trio.Process
     port: int
 
     async def client(self) -> Peer:
-        return await connect(Address(HOST, way_out(self.west)))
+        return await connect(Address(HOST, outbound_port(self.west)))
 
     def stand_still(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
@@ -151,8 +150,7 @@ class Stopped:
 
 
 async def unmoved(stream: trio.SocketStream) -> None:
-    """The application: a gateway that is killed at the end of a test takes its connections
-    along."""
+    """The application: a gateway that is killed at the end of a test ends its connections."""
     with suppress(trio.BrokenResourceError):
         await mirror(stream)
 
@@ -170,7 +168,7 @@ async def stoppable(
         inside: dict[str, Any] = {**LISTEN, "fixed_destination": f"{HOST}:{back}", **trust}
         async with fleet.running("server", inbound=inside) as server:
             entry = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-            file = fleet.configure("gateway", east_directory(way_in(server)), gateway=entry)
+            file = fleet.configure("gateway", east_directory(inbound_port(server)), gateway=entry)
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-m", "proxy.cli", "run", "--config", str(file)]
             )
@@ -192,14 +190,14 @@ async def stoppable(
 
 
 async def answered(stopped: Stopped) -> None:
-    """Ask until there is an answer: the gateway may be starting, or have been away."""
+    """Repeat until there is a response: the gateway may be starting, or have been away."""
     with trio.fail_after(2 * PATIENCE):
         while (await ask(await stopped.client(), "c.east")).status != 200:  # noqa: ASYNC110  (it is asked, which is no event)
             await trio.sleep(0.1)
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2"])
-async def test_what_is_under_way_to_a_gateway_that_stands_still_fails_in_the_time_of_its_probes(
+async def test_requests_in_progress_at_a_gateway_that_hangs_fail_within_the_probe_timeout(
     tmp_path: Path, protocol: str
 ) -> None:
     async with stoppable(tmp_path, protocol=protocol) as stopped:
@@ -240,7 +238,7 @@ async def test_a_quiet_tunnel_through_a_gateway_that_stands_still_is_cut_off(
         peer.close()
 
 
-async def test_a_gateway_that_is_shutting_down_lets_what_is_under_way_finish(
+async def test_a_gateway_that_is_shutting_down_finishes_requests_in_progress(
     tmp_path: Path,
 ) -> None:
     asked, go = trio.Event(), trio.Event()
@@ -290,15 +288,15 @@ class Known:
         self.current = parse(text, "test")
 
 
-class Nobody:
-    """Lends to nobody: in these tests nobody is asked."""
+class NoLeases:
+    """Leases no connections: these tests must not need one."""
 
     def carrier(self, endpoint: Endpoint, *, fresh: bool) -> object:
-        raise AssertionError("nobody should be asked")
+        raise AssertionError("no connection should be needed")
 
 
 class Silence:
-    """Lends in vain: no packet gets through."""
+    """Leases without success: all packets are lost."""
 
     @asynccontextmanager
     async def carrier(self, endpoint: Endpoint, *, fresh: bool) -> AsyncIterator[Carrier]:
@@ -308,7 +306,7 @@ class Silence:
 
 def still(text: str, lends: object = None) -> tuple[RemoteGateways, Known]:
     known = Known(text)
-    leases: Leases[Endpoint] = lends or Nobody()  # type: ignore[assignment]
+    leases: Leases[Endpoint] = lends or NoLeases()  # type: ignore[assignment]  # either has only what these tests call
     return RemoteGateways(known, ClustersConfig(), leases, Quiet(), random.Random(1)), known
 
 
@@ -324,7 +322,7 @@ clusters:
 """
 
 
-async def test_clusters_that_nobody_asks_for_are_left_in_peace(
+async def test_unused_clusters_are_not_probed(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     remote_gateways, _ = still(TEXT)
@@ -386,7 +384,7 @@ async def test_a_connection_that_moves_outlives_its_gateways_silence_and_a_quiet
             await quiet.send_all(b"?")
         with pytest.raises(
             ConnectionLost, match="does not answer its probes"
-        ):  # as soon as it falls quiet too
+        ):  # as soon as it is idle too
             await moving.receive_some()
         nursery.cancel_scope.cancel()
     for each in (quiet, moving, its_peer, sender):

@@ -1,8 +1,6 @@
 """Where requests go: the address decides, and the authority only where it may; splits by weight,
-around what cannot be used; failover, and back without flapping.
-
-Health is the real balancer's, on a clock of the test's.
-"""
+around endpoints that cannot be used; failover, and back without flapping. Health is that of the
+real balancer, with a clock of the test's."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ clusters:
 
 
 class Known:
-    """A directory that a test exchanges."""
+    """A directory that a test replaces."""
 
     def __init__(self, document: str) -> None:
         self.current: Directory = parse(document, "test")
@@ -67,7 +65,7 @@ class Counted:
 
 
 class World:
-    """A router, and what it stands on."""
+    """A router, and its dependencies."""
 
     def __init__(self, document: str, seed: int = 1) -> None:
         self.now = 1000.0
@@ -96,7 +94,7 @@ class World:
         return Counter(self.where() for _ in range(count))
 
     def breaks(self, *hosts: str, how: Failure = Failure.UNREACHABLE) -> None:
-        """These endpoints have failed so often that they are left alone for now."""
+        """These endpoints have failed so often that their circuits are open now."""
         for service in self.services():
             for target in service.targets.values():
                 for endpoint in target.endpoints:
@@ -111,7 +109,7 @@ class World:
                             work.end()
 
     def recovers(self, *hosts: str) -> None:
-        """When the penalties of these are over, a request on probation is answered."""
+        """When the open times of these are over, a trial request succeeds."""
         self.now += 1.6
         for service in self.known.current.services:
             for target in service.targets.values():
@@ -147,7 +145,7 @@ class World:
         ("192.0.2.1:80", None, None),
         ("[::ffff:192.0.2.1]:80", b"c", "default/c"),
         ("10.96.0.1:81", b"nobody", None),
-        # Outside of the networks that the operator names, an authority chooses nothing.
+        # Outside of the networks in the configuration, an authority chooses nothing.
         ("198.51.100.1:80", b"c", None),
         ("198.51.100.1:80", b"c.default.svc.cluster.local:80", None),
         ("198.51.100.1:80", b"c.east", None),
@@ -256,7 +254,7 @@ def test_a_name_leads_to_endpoints_of_the_family_that_was_dialled(
     target = world.to(address, authority)
     assert {endpoint.address.host for endpoint in target.endpoints} == hosts
     assert world.to(address, authority) is target, (
-        "what is known of a target's endpoints hangs on it"
+        "a target's endpoint set belongs to the target object"
     )
 
 
@@ -282,7 +280,7 @@ class OneAddress:
         ("240.0.0.3:80", None, 0),
     ],
 )
-def test_a_virtual_address_is_its_service_or_nobody_but_never_itself(
+def test_a_virtual_address_is_its_service_or_none_but_never_itself(
     address: str, service: str | None, gateways: int
 ) -> None:
     world = World(text())
@@ -295,7 +293,7 @@ def test_a_virtual_address_is_its_service_or_nobody_but_never_itself(
 
 
 def within(seen: int, share: float, count: int) -> bool:
-    """Five standard deviations: one in two million draws of honest chance lies outside."""
+    """Five standard deviations: one in two million random draws is outside."""
     return abs(seen - share * count) <= 5 * math.sqrt(count * share * (1 - share))
 
 
@@ -340,12 +338,12 @@ def test_the_share_of_a_backend_that_cannot_be_used_goes_to_the_others_in_propor
     assert within(seen["default/new"], 0.8, 10_000)
 
 
-def test_a_backend_without_endpoints_gets_nothing() -> None:
+def test_a_backend_without_endpoints_gets_no_requests() -> None:
     world = World(text("{service: empty, weight: 99}, {service: new, weight: 1}"))
     assert set(world.many(200)) == {"default/new"}
 
 
-def test_a_backend_of_weight_0_gets_nothing_even_if_it_is_the_last_one() -> None:
+def test_a_backend_of_weight_0_gets_no_requests_even_if_it_is_the_last_one() -> None:
     world = World(text("{service: empty, weight: 1}, {service: new, weight: 0}"))
     with pytest.raises(
         NoEndpoint, match=r"no backend of default/c has a usable endpoint: default/empty none of 0$"
@@ -400,7 +398,7 @@ def test_a_threshold_sends_it_away_earlier() -> None:
     assert world.where() == "east/default/c"
 
 
-def test_with_nobody_elsewhere_it_stays_at_home_whatever_is_left_there() -> None:
+def test_without_other_clusters_a_service_stays_in_its_own() -> None:
     world = failing_over(below=2)
     world.breaks("10.1.0.1", "203.0.113.7", "203.0.113.8")
     assert world.where() == "default/c"
@@ -408,7 +406,7 @@ def test_with_nobody_elsewhere_it_stays_at_home_whatever_is_left_there() -> None
 
 def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() -> None:
     world = failing_over()
-    for _ in range(3):  # down for a moment, again and again: nobody goes back in between
+    for _ in range(3):  # down for a moment, again and again: no request goes back in between
         world.breaks("10.1.0.1", "10.1.0.2")
         assert world.where() == "east/default/c"
         world.recovers("10.1.0.1", "10.1.0.2")
@@ -421,8 +419,8 @@ def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() 
 
 
 class Client:
-    """Asks ten times a second, by the router and the balancer, as proxy/routing/dispatch.py does:
-    up to three endpoints, each time of what is chosen then. `dead` are hosts that cannot be
+    """Sends ten requests a second, by the router and the balancer, as proxy/routing/dispatch.py
+    does: up to three endpoints, each time of the current choice. `dead` are hosts that cannot be
     connected to."""
 
     def __init__(self, world: World, *dead: str) -> None:
@@ -430,7 +428,7 @@ class Client:
         self.wasted: Counter[str] = Counter()  # attempts, by host
 
     def ask(self) -> str | None:
-        """Who has served the request; None: nobody."""
+        """The server of the request; None: there was none."""
         world = self.world
         world.now += 0.1
         tried: tuple[Endpoint, ...] = ()
@@ -464,17 +462,17 @@ HOME, EAST, NORTH = ("10.1.0.1", "10.1.0.2"), "203.0.113.7", "203.0.113.8"
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_service_moves_once_there_and_once_back(
+def test_a_dead_home_cluster_is_tried_at_intervals_and_the_service_moves_away_once_and_back_once(
     below: int,
 ) -> None:
     world = failing_over(below)
     client = Client(world)
     assert set(client.ask_for(60)) == {"default/c"}
     client.dead = set(HOME)
-    assert set(client.ask_for(600)) == {"east/default/c"}, "each request was served, in the end"
+    assert set(client.ask_for(600)) == {"east/default/c"}, "each request was served in the end"
     assert world.metrics.states == [("default/c", True)]
     assert 10 <= sum(client.wasted.values()) <= 2 * (8 + 600 / 60), (
-        "by one attempt of one request in each penalty of each endpoint"
+        "by one attempt of one request in each open time of each endpoint"
     )
     client.dead.clear()
     seen = client.ask_for(90 + SETTLE)
@@ -515,7 +513,7 @@ def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> 
         assert seen[None] <= 35, f"{back}: {seen}"
         assert len(set(seen) - {None}) == 1, (
             f"{back}: {seen}"
-        )  # the first trial may be the lucky one: then nobody is refused
+        )  # the first trial may succeed by chance: then no request fails
         assert world.metrics.states == [("default/c", True)]
 
 
@@ -528,9 +526,7 @@ def test_a_split_of_which_nothing_was_left_is_served_within_seconds_of_its_recov
     assert set(client.ask_for(90)) == {"default/c", "east/default/c"}
 
 
-def test_a_home_that_only_answers_badly_is_left_for_another_cluster_and_used_if_there_is_none() -> (
-    None
-):
+def test_a_home_cluster_with_only_bad_responses_is_used_only_without_other_clusters() -> None:
     world = failing_over()
     world.breaks(*HOME, how=Failure.RESPONSE)
     assert set(world.many(50)) == {"east/default/c"}
@@ -568,7 +564,7 @@ def test_a_backend_of_a_split_keeps_its_share_while_another_cluster_stands_in_fo
     assert within(seen["east/default/c"], 0.5, 4000)
 
 
-def test_what_is_addressed_in_another_cluster_is_sent_there_and_nowhere_else() -> None:
+def test_requests_for_another_cluster_are_sent_only_there() -> None:
     world = failing_over()
     world.breaks("203.0.113.7")
     assert world.to("192.0.2.1:80", b"c.east").service == "east/default/c"

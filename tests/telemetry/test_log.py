@@ -1,4 +1,4 @@
-"""Logs: one line for one event whatever peers send, and a writer that nobody waits for."""
+"""Logs: one line for one event whatever peers send, and a writer that never blocks the proxy."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def stuck() -> Iterator[Stuck]:
     stream.go.set()
 
 
-def test_a_stuck_reader_holds_nobody_up_and_losses_are_counted_and_confessed(stuck: Stuck) -> None:
+def test_a_stuck_reader_blocks_nothing_and_losses_are_counted_and_reported(stuck: Stuck) -> None:
     drops: list[int] = []
     close = configure(LogConfig(queue=16), stuck, lambda count, _: drops.append(count))
     LOGGER.warning("first")
@@ -233,7 +233,7 @@ def test_a_limit_lets_some_through_each_second_and_says_how_many_it_kept() -> No
     assert lines == ["bad thing", "bad thing", "bad thing (3 similar suppressed)"]
 
 
-# What is written of a target...
+# What is logged of a target...
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_standard_error_that_is_closed_is_called_that() -> None:
 
 
 def test_a_pipe_that_does_not_block_is_waited_for_and_loses_nothing() -> None:
-    """Another process that has the same pipe may have made it so."""
+    """Another process that has the same pipe may have set it to non-blocking."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     drops, got = Drops(), bytearray()
@@ -366,7 +366,7 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_before_the_next_one(tmp_path: 
             close()
         lines = before[: len(before) - 8192].splitlines()
         after = (folder / "log").read_text().splitlines()
-        assert after[: len(lines)] == lines, "what was cut there stays as it is"
+        assert after[: len(lines)] == lines, "what was cut there is unchanged"
         assert after[len(lines)].endswith("isthmus.test: room"), "on a line of its own"
         assert after[-1].endswith(
             f"isthmus: {drops.total()} log lines were dropped: the disk was full"
@@ -375,7 +375,7 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_before_the_next_one(tmp_path: 
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_losses_for_several_reasons_are_told_apart() -> None:
+def test_losses_are_counted_by_reason() -> None:
     assert describe_losses({"slow_reader": 2, "disk_full": 1}) == (
         "3 log lines were dropped: the disk was full (1), the reader is too slow (2)"
     )

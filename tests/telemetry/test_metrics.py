@@ -1,5 +1,5 @@
-"""Metrics: recorded exactly once on every path, bounded label sets, and text that Prometheus
-reads."""
+"""Metrics: recorded exactly once on every path, bounded label sets, and text that Prometheus can
+parse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.telemetry.counters import MOST_SERIES
+from proxy.metric_families import MOST_SERIES
 from proxy.telemetry.metrics import Metrics
 
 
@@ -115,7 +115,7 @@ def test_a_connection_that_ends_before_is_unknown() -> None:
     assert request(metrics, "connections_closed_total", peer="src", tls="unknown") == 1
 
 
-def test_what_a_client_chooses_does_not_become_a_label() -> None:
+def test_values_that_a_client_chooses_do_not_become_labels() -> None:
     metrics = Metrics()
     for number in range(1000):
         with metrics.http["inbound"].request(b"M%d" % number) as record:
@@ -136,15 +136,15 @@ def test_a_gauge_of_many_series_comes_back_to_nothing() -> None:
     metrics = Metrics()
     series = [("inbound", "src", f"kind-{number}") for number in range(MOST_SERIES + 44)]
     for labels in series:
-        metrics.open.add(labels)
+        metrics.open.at(*labels).inc()
     assert value(metrics, "connections_open", direction="other", peer="other", tls="other") == 44
     for labels in series:
-        metrics.open.add(labels, -1)
+        metrics.open.at(*labels).inc(-1)
     assert value(metrics, "connections_open", direction="other", peer="other", tls="other") == 0
     assert value(metrics, "connections_open", direction="inbound", peer="src", tls="kind-0") == 0
 
 
-def test_the_books_of_a_connection_in_prometheus_words() -> None:
+def test_the_metrics_of_a_connection_in_the_prometheus_format() -> None:
     metrics = Metrics()
     metrics.count_detection("outbound", "tls", 0.0005)
     metrics.count_detection("outbound", "tls", 11)
@@ -185,7 +185,7 @@ def test_the_books_of_a_connection_in_prometheus_words() -> None:
     assert value(metrics, "tls_handshakes_total", direction="outbound", **facts) == 1
 
 
-def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
+def test_prometheus_can_parse_the_text_and_it_has_every_family() -> None:
     metrics = Metrics()
     metrics.count_handshake("inbound", "server", ("TLSv1.3", "X25519MLKEM768", True))
     metrics.count_failed_handshake("outbound", "client", "certificate")

@@ -1,5 +1,5 @@
-"""What the log says of a relay that did not end cleanly names the side that it happened to, as a
-reader of the log knows it."""
+"""The log line of a relay that did not end cleanly names the side where it happened, as a reader of
+the log knows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import trio
 from proxy.exchange.server_settings import Drain
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.relay import Relayed, relay
-from proxy.telemetry.records import said
+from proxy.telemetry.records import describe_end
 from tests.net.conftest import both, pair
 
 
@@ -37,7 +37,7 @@ async def test_a_side_that_is_lost_is_named(
             partial(relay, accepted, dialled, idle=60, carry=fast_path.join if fast else None), lose
         )
     assert isinstance(outcome, Relayed)
-    assert said(outcome).startswith(f"{lost}: ")
+    assert describe_end(outcome).startswith(f"{lost}: ")
     for stream in (client, accepted, dialled, server):
         stream.close()
 
@@ -55,7 +55,7 @@ async def test_the_side_that_is_lost_is_named_even_if_the_other_one_ended_first(
         outcome, _ = await both(partial(relay, accepted, dialled, idle=60), end)
     assert isinstance(outcome, Relayed)
     assert outcome.first == "client"
-    assert said(outcome).startswith("server: ")
+    assert describe_end(outcome).startswith("server: ")
     for stream in (client, accepted, dialled, server):
         stream.close()
 
@@ -64,6 +64,6 @@ async def test_silence_is_of_neither_side(autojump_clock: trio.abc.Clock) -> Non
     client, accepted = pair()
     dialled, server = pair()
     outcome = await relay(accepted, dialled, idle=60)
-    assert said(outcome) == "neither side sent data for too long"
+    assert describe_end(outcome) == "neither side sent data for too long"
     for stream in (client, accepted, dialled, server):
         stream.close()

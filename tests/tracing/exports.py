@@ -16,13 +16,13 @@ FAST = QueueSettings(limit=100, batch=10, delay=0.02, timeout=10)
 
 
 class Book:
-    """Who counts. Every span has to be in it once."""
+    """The counters. Every span must be in them once."""
 
     def __init__(self) -> None:
         self.taken = 0
         self.lost: Counter[str] = Counter()
         self.results: Counter[str] = Counter()
-        self.said: list[str] = []
+        self.reports: list[str] = []
 
     def exported(self, spans: int) -> None:
         self.taken += spans
@@ -53,7 +53,7 @@ def queue(
     build: Callable[[], Exporter], settings: QueueSettings = FAST
 ) -> Iterator[tuple[SpanQueue, Book]]:
     book = Book()
-    spans = SpanQueue(build, settings, book, book.said.append)
+    spans = SpanQueue(build, settings, book, book.reports.append)
     try:
         yield spans, book
     finally:

@@ -1,4 +1,4 @@
-"""Records as the data path makes them, for the tests of what becomes of them."""
+"""Records as the data path makes them, for the tests of the exporters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Agreed(NamedTuple):
 
 
 def http(kind: str = "server", **changes: Any) -> HttpRecord:
-    """A good GET, changed."""
+    """A good GET, with changes."""
     record = HttpRecord(kind, TRACE, SPAN, PARENT)  # type: ignore[arg-type]
     record.direction = "inbound" if kind == "server" else "outbound"
     record.started, record.head_at, record.ended = 1_000, 2_000, 3_000

@@ -65,6 +65,6 @@ def test_the_schema_that_is_named_is_the_installed_one() -> None:
 
 
 def test_the_document_has_every_attribute_and_no_other() -> None:
-    told = {row[0] for row in table("tracing.md", "attributes")}
-    assert told == set(Name)
+    documented = {row[0] for row in table("tracing.md", "attributes")}
+    assert documented == set(Name)
     assert all(len(row) == 3 and all(row) for row in table("tracing.md", "attributes"))

@@ -1,12 +1,10 @@
-"""Spans as a collector receives them: really exported, over HTTP, and decoded with OpenTelemetry's
-own messages.
-
-Collectors that are slow, full, dead, or no collectors at all: nothing waits for them, and every
-span is counted once.
-"""
+"""Spans as a collector receives them: exported over HTTP, and decoded with OpenTelemetry's own
+messages. With collectors that are slow, full or dead, and servers that are not collectors: nothing
+waits for them, and every span is counted once."""
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import subprocess
@@ -14,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
     ExportTraceServiceResponse,
 )
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from lab.collector import Collector as Receiver
 from tests.tracing.exports import FAST, Book, otlp, queue
 from tests.tracing.records import PARENT, SPAN, TRACE, At, connection, grpc, http
 from tracing import export
 from tracing import queue as spans_queue
-from tracing.otlp import Collector, Post, retry_after
-from tracing.queue import Exporter, Outcome, QueueSettings, SpanQueue
+from tracing.otlp import Collector, Post, _Timed, retry_after
+from tracing.queue import TAKEN, Exporter, Outcome, QueueSettings, SpanQueue
 from tracing.resource import About, Resource
+from tracing.spans import Record
 
 
 def eventually(probe: Callable[[], Any], seconds: float = 60) -> Any:
@@ -52,7 +54,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def strange(behave: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that does what it likes with its connections."""
+    """A server that treats its connections as the test says."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         held = []
 
@@ -131,12 +133,12 @@ def test_all_kinds_of_records_are_sent_in_batches_over_one_connection() -> None:
     assert len(receiver.requests) < 10
 
 
-def test_a_full_queue_drops_what_comes_and_never_waits() -> None:
+def test_a_full_queue_drops_new_spans_and_never_waits() -> None:
     with Receiver() as receiver, queue(lambda: otlp(receiver.endpoint)) as (spans, book):
         receiver.hold.clear()  # a slow collector
         for _ in range(10):
             spans.put(http())
-        eventually(lambda: len(spans) == 0)  # the first batch is under way
+        eventually(lambda: len(spans) == 0)  # the first batch is in flight
         began = time.perf_counter()
         for _ in range(1000):
             spans.put(http())
@@ -149,7 +151,7 @@ def test_a_full_queue_drops_what_comes_and_never_waits() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_collector_that_comes_back_gets_what_has_waited() -> None:
+def test_a_collector_that_comes_back_gets_the_waiting_spans() -> None:
     with Receiver() as receiver, queue(lambda: otlp(receiver.endpoint)) as (spans, book):
         receiver.answer = (503, {}, b"busy")
         spans.put(http())
@@ -157,13 +159,13 @@ def test_a_collector_that_comes_back_gets_what_has_waited() -> None:
         receiver.answer = (200, {}, b"")
         eventually(lambda: book.taken == 1)
         assert not book.lost
-    assert len(book.said) == 2
-    assert "answered 503" in book.said[0]
-    assert book.said[1] == "spans are exported again"
+    assert len(book.reports) == 2
+    assert "answered 503" in book.reports[0]
+    assert book.reports[1] == "spans are exported again"
 
 
 @pytest.mark.usefixtures("impatient")
-def test_nobody_at_the_address_is_tried_again_and_then_given_up(
+def test_a_refused_connection_is_retried_and_then_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(spans_queue, "MOST_TRIES", 3)
@@ -173,8 +175,8 @@ def test_nobody_at_the_address_is_tried_again_and_then_given_up(
         spans.put(http())
         eventually(lambda: book.lost == {"unreachable": 1})
         assert book.results == {"unreachable": 3}
-    assert len(book.said) == 1
-    assert "Connection refused" in book.said[0]
+    assert len(book.reports) == 1
+    assert "Connection refused" in book.reports[0]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
@@ -184,10 +186,10 @@ def test_a_refusal_that_will_not_change_is_not_repeated(status: int) -> None:
         spans.put(http())
         eventually(lambda: book.lost == {f"status_{status // 100}xx": 1})
     assert len(receiver.requests) == 1
-    assert f"answered {status}" in book.said[0]
+    assert f"answered {status}" in book.reports[0]
 
 
-def test_a_collector_that_takes_a_part_is_believed() -> None:
+def test_a_partial_success_is_counted_as_the_collector_reports_it() -> None:
     answer = ExportTraceServiceResponse(
         partial_success=ExportTracePartialSuccess(rejected_spans=2, error_message="too old")
     )
@@ -197,7 +199,7 @@ def test_a_collector_that_takes_a_part_is_believed() -> None:
             spans.put(http())
         eventually(lambda: book.all == 10)
     assert (book.taken, book.lost) == (8, {"refused": 2})
-    assert "too old" in book.said[0]
+    assert "too old" in book.reports[0]
 
 
 def test_a_collector_that_asks_for_time_is_given_it() -> None:
@@ -256,7 +258,7 @@ def _reset(sock: socket.socket) -> None:
         (_reset, 30, "unreachable|invalid_response"),
     ],
 )
-def test_what_is_no_collector_costs_no_more_than_the_timeout(
+def test_a_server_that_is_not_a_collector_takes_no_more_than_the_timeout(
     behave: Callable[[socket.socket], None], timeout: float, reason: str
 ) -> None:
     with strange(behave) as endpoint:
@@ -286,7 +288,7 @@ def test_a_kept_connection_that_has_died_is_replaced() -> None:
         post.close()
 
 
-def test_the_end_sends_what_is_left() -> None:
+def test_the_end_sends_the_remaining_spans() -> None:
     with (
         Receiver() as receiver,
         queue(lambda: otlp(receiver.endpoint), QueueSettings(delay=3600)) as (spans, book),
@@ -302,7 +304,7 @@ def test_the_end_sends_what_is_left() -> None:
 def test_the_end_does_not_wait_for_a_collector_that_hangs() -> None:
     with strange(_silence) as endpoint:
         book = Book()
-        spans = SpanQueue(lambda: otlp(endpoint), FAST, book, book.said.append)
+        spans = SpanQueue(lambda: otlp(endpoint), FAST, book, book.reports.append)
         for _ in range(30):
             spans.put(http())
         began = time.monotonic()
@@ -327,7 +329,7 @@ def test_an_exporter_that_cannot_be_made_is_said_once_and_every_span_counted() -
     with queue(broken) as (spans, book):
         spans.put(http())
         eventually(lambda: book.lost == {"no_exporter": 1})
-    assert book.said[0] == "spans cannot be exported: no such thing"
+    assert book.reports[0] == "spans cannot be exported: no such thing"
 
 
 def test_the_packet_mark_is_set_or_its_lack_is_an_error_of_the_connection() -> None:
@@ -335,8 +337,8 @@ def test_the_packet_mark_is_set_or_its_lack_is_an_error_of_the_connection() -> N
         post = Post(Collector(f"{receiver.endpoint}/v1/traces", mark=77))
         outcome = post.send(b"", 10)
         post.close()
-    # CAP_NET_ADMIN, which the sandbox has: without it the collector is not reached past the
-    # redirection, and that is said
+    # CAP_NET_ADMIN, which the sandbox has: without it the exporter cannot bypass the redirection,
+    # and reports that
     assert not isinstance(outcome, Outcome) or "not permitted" in outcome.words
 
 
@@ -362,11 +364,15 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
     (right, key), (wrong, _) = files
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(right, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(right)
     with Receiver() as receiver:
         receiver._server.socket = context.wrap_socket(receiver._server.socket, server_side=True)
         endpoint = receiver.endpoint.replace("http:", "https:") + "/v1/traces"
         for trusted in (wrong, None, right):
-            post = Post(Collector(endpoint, certificate=trusted))
+            post = Post(
+                Collector(endpoint, certificate=trusted, client_certificate=right, client_key=key)
+            )
             outcome = post.send(b"", 10)
             post.close()
             if trusted == right:
@@ -375,6 +381,9 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
                 assert isinstance(outcome, Outcome)
                 assert outcome.reason == "tls"
                 assert "certificate" in outcome.words
+        without = Post(Collector(endpoint, certificate=right))
+        assert isinstance(without.send(b"", 10), Outcome)  # the receiver demands a certificate
+        without.close()
 
 
 @pytest.mark.parametrize(
@@ -407,6 +416,138 @@ def test_the_console_has_a_line_of_json_for_each_span() -> None:
     )
     (line,) = done.stdout.splitlines()
     assert TRACE.decode() in line
+
+
+class Picky(InMemorySpanExporter):
+    """An exporter of the SDK that takes one batch, refuses the next one, and raises after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+        self.ended = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.batches += 1
+        if self.batches == 2:
+            return SpanExportResult.FAILURE
+        if self.batches == 3:
+            raise RuntimeError("out of order")
+        return super().export(spans)
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+
+def test_an_exporter_of_the_sdk_gets_the_spans_and_its_failures_are_told() -> None:
+    factory, picky = export.SpanFactory(Resource(About({}), print), "9"), Picky()
+    exporter = export.SdkExporter(factory, picky)
+    outcomes = []
+    for _ in range(3):
+        exporter.prepare([http(), connection()])
+        outcomes.append(exporter.send(1))
+        exporter.forget()
+    assert outcomes == [
+        TAKEN,
+        Outcome("failed", words="Picky could not send"),
+        Outcome("failed", words="RuntimeError: out of order"),
+    ]
+    assert [span.name for span in picky.get_finished_spans()] == ["GET", "TCP"]
+    exporter.close()
+    assert picky.ended
+
+
+def test_the_console_writes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    exporter = export.console(export.SpanFactory(Resource(About({}), print), "9"))
+    exporter.prepare([http()])
+    assert exporter.send(1) == TAKEN
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["name"] == "GET"
+
+
+@pytest.mark.parametrize("endpoint", ["ftp://collector/", "http:///v1/traces", "collector:4318"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="is not an http or https URL"):
+        Post(Collector(endpoint))
+
+
+def test_a_collector_that_has_gone_is_tried_on_a_new_connection_and_given_up() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    post = Post(Collector(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
+
+    def answer_once() -> None:
+        sock, _ = listener.accept()
+        with listener, sock:
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    thread = threading.Thread(target=answer_once)
+    thread.start()
+    assert not isinstance(post.send(b"", 10), Outcome)
+    thread.join()
+    outcome = post.send(b"", 10)
+    post.close()
+    assert isinstance(outcome, Outcome)
+    assert outcome.reason == "unreachable"
+
+
+def test_a_closed_socket_stays_open_until_its_reader_is_closed() -> None:
+    near, far = socket.socketpair()
+    with far:
+        timed = _Timed(near)
+        reader = timed.makefile("rb")
+        timed.close()
+        assert near.fileno() >= 0
+        reader.close()
+        reader.raw.close()  # no effect
+        assert near.fileno() < 0
+
+
+def test_what_is_queued_before_the_exporter_is_made_is_sent_by_the_end() -> None:
+    go = threading.Event()
+
+    def slowly() -> Exporter:
+        go.wait(60)
+        return otlp(receiver.endpoint)
+
+    with Receiver() as receiver, queue(slowly) as (spans, book):
+        spans.put(http())
+        closing = threading.Thread(target=spans.close, args=(30,))
+        closing.start()
+        eventually(lambda: spans._closing)
+        go.set()
+        closing.join()
+        assert (book.taken, book.lost) == (1, {})
+
+
+def test_a_batch_that_is_not_ready_by_the_end_is_not_sent() -> None:
+    class Slow:
+        """Its batch is ready when the time of `close` is over."""
+
+        def prepare(self, _: Sequence[Record]) -> None:
+            eventually(lambda: time.monotonic() >= spans._deadline)
+
+        def send(self, _: float) -> Outcome:
+            raise AssertionError("there is no time")
+
+        def forget(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    with queue(Slow) as (spans, book):
+        spans.put(http())
+        eventually(lambda: spans._held == 1)
+        spans.close(0.05)
+        eventually(lambda: book.lost == {"shutdown": 1})
+
+
+def test_there_is_no_time_left_after_the_deadline() -> None:
+    with Receiver() as receiver:
+        post = Post(Collector(f"{receiver.endpoint}/v1/traces"))
+        assert not isinstance(post.send(b"", 10), Outcome)
+        outcome = post.send(b"", -1)
+        post.close()
+    assert isinstance(outcome, Outcome)
+    assert (outcome.reason, outcome.again) == ("timeout", True)
 
 
 def test_jaegers_exporter_says_what_to_do_where_it_is_not_installed() -> None:

@@ -1,5 +1,5 @@
-"""Pod metadata: what the downward API writes is read as it was meant, and nothing that is wrong
-with it is an error."""
+"""Pod metadata: the output of the downward API is read correctly, and a mistake in it is never an
+error."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_go_strings_are_unescaped_as_go_does(quoted: str, text: str) -> None:
 @pytest.mark.parametrize(
     "quoted", ["", '"', "a", '"a', r'"\q"', r'"\"', '"a"b"', r'"\x4"', r'"\777"']
 )
-def test_what_is_no_go_string_is_refused(quoted: str) -> None:
+def test_what_is_not_a_go_string_is_refused(quoted: str) -> None:
     with pytest.raises(ValueError):
         unquote(quoted)
 

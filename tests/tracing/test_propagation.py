@@ -1,8 +1,6 @@
-"""The laws of propagation, for every format:
-
-what was written is read back; our span takes the caller's place, and nothing else changes; any
-bytes are a context or none, never an error; whatever was not valid stays as it was.
-"""
+"""Rules of propagation for every format: what was written is read back. Our span replaces the
+caller's, and nothing else changes. Any bytes are a context or none, never an error. Invalid fields
+stay unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import NAMES, begin, extract, replace
+from tracing.propagation import NAMES, begin, extract, glimpse, header, replace
 
 TRACE, SHORT = b"463ac35c9f6413ad48485a3953bb6124", b"48485a3953bb6124"
 SPAN, PARENT, OURS = b"a2fb4a1d1a96d312", b"0020000000000001", b"00f067aa0ba902b7"
@@ -46,7 +44,7 @@ def passed_on(fields: list[Field], span: bytes = OURS, *, sampled: bool = True) 
     return written
 
 
-# name, fields as they come, sampled, debug, fields as they go on
+# name, fields as received, sampled, debug, fields as forwarded
 CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
     (
         "w3c",
@@ -292,7 +290,7 @@ def test_a_trace_that_such_a_decision_begins_is_written_in_the_same_format(
         [(b"grpc-trace-bin", grpc(TRACE, SPAN) + b"," + grpc(TRACE, SPAN))],
     ],
 )  # fmt: skip
-def test_what_is_not_valid_is_no_context(fields: list[Field]) -> None:
+def test_what_is_not_valid_is_not_a_context(fields: list[Field]) -> None:
     assert extract(fields) is None
 
 
@@ -375,7 +373,7 @@ def test_fields_that_others_have_added_in_between_do_not_mislead_us() -> None:
     assert fields == [(b"isthmus-loop", b"x"), (b"traceparent", b"00-%b-%b-01" % (TRACE, OURS))]
 
 
-def test_a_trace_that_begins_here_takes_the_place_of_what_was_not_valid() -> None:
+def test_a_new_trace_replaces_an_invalid_one() -> None:
     fields = [
         (b"Traceparent", b"rubbish"),
         (b"Host", b"a"),
@@ -450,3 +448,42 @@ def test_any_headers_are_a_context_or_none_and_can_be_written_over(fields: list[
     assert again.context.span_id == OURS
     assert again.context.sampled
     assert [name for name, _ in fields][: len(before)] == [name for name, _ in before]
+
+
+def test_a_message_of_our_own_has_the_standards_header() -> None:
+    assert header(TRACE, OURS) == (b"traceparent", b"00-%b-%b-03" % (TRACE, OURS))
+
+
+def test_b3_without_a_decision_goes_on_without_one() -> None:
+    fields = [(b"b3", b"%b-%b" % (TRACE, SPAN))]
+    found = extract(fields)
+    assert found is not None
+    replace(fields, found, child(found.context, sampled=None))
+    assert fields == [(b"b3", b"%b-%b" % (TRACE, OURS))]
+
+
+def test_grpc_without_options_stays_without_them_when_it_is_not_sampled() -> None:
+    fields = [(b"grpc-trace-bin", grpc(TRACE, SPAN, b""))]
+    assert passed_on(fields, sampled=False) == [(b"grpc-trace-bin", grpc(TRACE, OURS, b""))]
+
+
+def test_headers_that_have_become_ambiguous_or_invalid_since_are_left_alone() -> None:
+    """Another part of the proxy may have changed the fields in between."""
+    for name, value in (
+        (b"b3", b"%b-%b-1" % (TRACE, SPAN)),
+        (b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN)),
+    ):
+        found = extract([(name, value)])
+        assert found is not None
+        for fields in ([(name, value), (name, value)], [(name, b"?"), (name, b"?")]):
+            before = list(fields)
+            replace(fields, found, child(found.context))
+            assert fields == before
+
+
+def test_two_formats_with_trace_in_their_names_are_not_seen_at_a_glance() -> None:
+    lines = b"Host: a\r\nGrpc-Trace-Bin: x\r\nX-B3-TraceId: %b\r\nX-B3-SpanId: %b\r\n" % (
+        TRACE,
+        SPAN,
+    )
+    assert glimpse(lines, lines.lower(), lines.lower().count(b"trace")) is None

@@ -1,5 +1,5 @@
-"""The resource: who owns a pod and what its service is called, by labels and by name; changes while
-running; troubles said once."""
+"""The resource: who owns a pod and what its service is called, by labels and by name; changes at
+run time; problems are reported once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who decides whether a trace is recorded: its beginner; where nobody has, the ratio; and what is
-not recorded is not changed."""
+"""Who decides whether a trace is recorded: the service that starts it; without one, the ratio; and
+a request that is not recorded is not changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def w3c(flags: bytes = b"01") -> Field:
     return (b"traceparent", b"00-%b-%b-%b" % (TRACE, SPAN, flags))
 
 
-def test_a_recorded_trace_goes_on_with_our_span() -> None:
+def test_a_recorded_trace_continues_with_our_span() -> None:
     fields = [HOST, w3c(), (b"tracestate", b"a=1")]
     found = Tracer(Sampling()).begin(fields)
     assert found is not None
@@ -84,7 +84,7 @@ _names = st.sampled_from(
         b"X-B3-TraceId", b"x-b3-spanid", b"X-B3-ParentSpanId", b"x-b3-flags", b"X-Trace",
     ]
 )  # fmt: skip
-# Requests as they are really sent, and such as nobody sends.
+# Requests as programs really send them, and others.
 _several = st.lists(
     st.sampled_from(
         [
@@ -115,8 +115,8 @@ def fields_of(lines: bytes) -> list[Field]:
 
 
 def agree(fields: list[Field], sampling: Sampling, seed: int) -> bool:
-    """Whether it is seen at a glance; then it is what a longer look finds, and the next attempt is
-    the same too."""
+    """Whether the quick check decides. If so, the full check has the same result, and so has the
+    next attempt."""
     tracer = Tracer(sampling)
     tracer._bits = random.Random(seed).getrandbits
     seen = tracer.glance(lined(fields))
@@ -246,7 +246,7 @@ TWICE = [
 @pytest.mark.parametrize(
     ("ratio", "follow"), [(0.0, True), (1.0, True), (0.0, False), (1.0, False)]
 )
-def test_of_several_traceparents_none_is_believed_and_one_goes_on(
+def test_several_traceparents_are_all_ignored_and_one_is_forwarded(
     ratio: float, follow: bool
 ) -> None:
     """W3C, section 3.2."""
@@ -346,7 +346,7 @@ def test_a_sampler_that_does_not_follow_decides_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "forwarded"),
     [
         ([w3c(b"01")], [(b"traceparent", b"00-%(trace)b-%(ours)b-00")]),
         ([w3c(b"03")], [(b"traceparent", b"00-%(trace)b-%(ours)b-02")]),
@@ -360,13 +360,13 @@ def test_a_sampler_that_does_not_follow_decides_by_itself() -> None:
         ),
     ],
 )  # fmt: skip
-def test_where_nobody_is_followed_a_strangers_yes_goes_no_further(
-    asked: list[Field], told: list[Field]
+def test_an_untrusted_sampling_decision_is_not_forwarded(
+    asked: list[Field], forwarded: list[Field]
 ) -> None:
     fields = list(asked)
     found = Tracer(Sampling(0, follow=False)).begin(fields)
     words = {b"trace": TRACE, b"span": SPAN, b"ours": found.span_id if found is not None else b""}
-    assert fields == [(name, value % words) for name, value in told]
+    assert fields == [(name, value % words) for name, value in forwarded]
     assert found is None or (not found.sampled and found.span_id != SPAN)
     behind = Tracer(Sampling(1)).begin(fields)
     assert behind is None or not behind.sampled
@@ -443,3 +443,35 @@ def test_ids_are_valid_and_distinct() -> None:
         trace is not None and len(trace.trace_id) == 32 and len(trace.span_id) == 16
         for trace in found
     )
+
+
+@pytest.mark.parametrize(("sampling", "recorded"), [(Sampling(1.0), True), (Sampling(0.0), False)])
+def test_a_connection_without_a_trace_of_its_own_begins_one_by_the_ratio(
+    sampling: Sampling, recorded: bool
+) -> None:
+    found = Tracer(sampling).connection()
+    assert (found is not None) == recorded
+    if found is not None:
+        assert found.sampled
+        assert (len(found.trace_id), len(found.span_id)) == (32, 16)
+
+
+def test_a_connection_that_the_ratio_leaves_out_is_not_recorded() -> None:
+    tracer = Tracer(Sampling(1e-18))
+    assert [tracer.connection() for _ in range(10)] == [None] * 10
+
+
+def test_an_attempt_whose_header_was_taken_off_begins_it_again() -> None:
+    fields, tracer = [HOST], Tracer(Sampling(1))
+    found = tracer.begin(fields)
+    assert found is not None
+    fields[:] = [HOST]
+    tracer.next_attempt(found, fields, b"")
+    assert fields == [HOST, (b"traceparent", b"00-%b-%b-03" % (found.trace_id, found.span_id))]
+
+
+def test_an_attempt_whose_lines_are_unusual_is_not_written_at_a_glance() -> None:
+    tracer = Tracer(Sampling(1))
+    trace = Trace(True, TRACE, SPAN)
+    assert tracer.next_glance(trace, lined([HOST, w3c(), w3c()]), b"") is None
+    assert trace.span_id == SPAN

@@ -1,5 +1,5 @@
-"""What a record gives a span: names and attributes by the conventions; nothing in it that may be a
-secret; an error where the conventions see one."""
+"""The span of a record: names and attributes by the conventions; nothing in it that may be a
+secret; an error where the conventions define one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tracing.records import Agreed, At, connection, grpc, http
+from tests.tracing.records import SPAN, TRACE, Agreed, At, connection, grpc, http
 from tracing.attributes import GRPC_CODES
 from tracing.spans import LONGEST, Record, describe, redacted
 
@@ -139,7 +139,7 @@ def test_which_statuses_are_errors_depends_on_the_side(
     found = describe(http(kind, status=status))
     assert found.attributes.get("error.type") == error
     assert (found.error is None) == (error is None)
-    assert found.error in (None, "")  # the status code says it all
+    assert found.error in (None, "")  # the status code is enough
 
 
 @pytest.mark.parametrize("kind", ["server", "client"])
@@ -164,7 +164,7 @@ def test_a_grpc_call_is_named_by_its_method_and_judged_by_its_status(
     assert not {"http.request.method", "url.path", "http.response.status_code"} & set(
         found.attributes
     )
-    if code == "UNIMPLEMENTED":  # any text can be called
+    if code == "UNIMPLEMENTED":  # any text is a valid method
         assert (
             found.name,
             found.attributes["rpc.method"],
@@ -185,7 +185,7 @@ def test_a_grpc_call_that_something_else_answered_shows_the_http_status() -> Non
     )
 
 
-def test_a_failure_of_the_proxys_own_is_an_error_with_its_reason_and_words() -> None:
+def test_a_failure_of_the_proxy_is_an_error_with_its_reason_and_message() -> None:
     status = b"web.default.outbound;error=connection_refused"
     found = describe(
         http(
@@ -203,7 +203,7 @@ def test_a_failure_of_the_proxys_own_is_an_error_with_its_reason_and_words() -> 
     assert found.attributes["isthmus.proxy_status"] == status.decode()
 
 
-def test_words_that_may_quote_a_peer_are_not_shown() -> None:
+def test_messages_that_may_quote_a_peer_are_not_shown() -> None:
     found = describe(http(failure="bad_request", words="bad header line b'Authorization: hunter2'"))
     assert (found.attributes["error.type"], found.error) == ("bad_request", "")
     assert "hunter2" not in repr(found)
@@ -269,3 +269,32 @@ def test_any_request_has_a_description_and_no_value_of_it_is_long(
         value <= 2**63 if isinstance(value, int) else len(str(value)) <= 2 * LONGEST + 300
         for value in found.attributes.values()
     )
+
+
+def test_what_is_not_known_of_a_request_is_left_out() -> None:
+    found = describe(
+        http(peer=None, destination=None, authority=None, version=b"", status=0, head_at=0)
+    )
+    assert found.name == "GET"
+    assert found.events == []
+    assert set(found.attributes) == {
+        "http.request.method", "url.scheme", "url.path", "network.transport", "isthmus.direction", "tls.established",
+        "http.request.body.size", "http.response.body.size",
+    }  # fmt: skip
+
+
+def test_without_an_authority_the_server_is_the_original_destination() -> None:
+    found = describe(http(authority=None)).attributes
+    assert (found["server.address"], found["server.port"]) == ("10.0.0.2", 8080)
+
+
+def test_a_record_of_no_kind_is_a_connection_without_bytes() -> None:
+    found = describe(Record("server", TRACE, SPAN))
+    assert found.name == "TCP"
+    assert set(found.attributes) == {"network.transport", "isthmus.direction", "tls.established"}
+
+
+def test_a_connection_whose_protocol_was_not_looked_for_does_not_say_one() -> None:
+    found = describe(connection(protocol=""))
+    assert "isthmus.detected" not in found.attributes
+    assert found.attributes["isthmus.bytes.read"] == 10

@@ -1,5 +1,5 @@
-"""W3C trace context: what is valid is understood, also from the future; what is not is as if it
-were not there; what is made is valid."""
+"""W3C trace context: valid contexts are read, also of future versions; invalid ones are ignored;
+generated ones are valid."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_higher_version_is_understood_as_far_as_we_know_it(value: bytes) -> No
     assert traceparent(found) == VALID
 
 
-def test_flags_that_nobody_knows_yet_are_not_passed_on() -> None:
+def test_unknown_flags_are_not_forwarded() -> None:
     found = parse(VALID[:-2] + b"ff")
     assert found is not None
     assert (found.sampled, traceparent(found)[-2:]) == (True, b"03")
@@ -142,3 +142,9 @@ def test_any_bytes_are_a_valid_context_or_none(value: bytes, state: list[bytes])
         sum(len(key) + len(content) + 2 for key, content in parse_state(state))
         <= MOST_CHARACTERS + 1
     )
+
+
+def test_only_as_many_long_members_go_as_have_to() -> None:
+    long = [b"l%d=" % number + b"x" * 200 for number in range(3)]
+    kept = parse_state([b",".join([*long, b"k=y"])])
+    assert [key for key, _ in kept] == ["l0", "l1", "k"]

@@ -1,4 +1,4 @@
-"""Heads as real programs write them (versions and hosts changed), and the ways to spoil them."""
+"""Heads as real programs write them (versions and hosts changed), and ways to damage them."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ RESPONSES = (
     head("HTTP/1.1 502 Bad Gateway", "Server: openresty", "Content-Length: 150", "Proxy-Status: isthmus; error=connection_refused"),
 )  # fmt: skip
 
-# What is put into a head to spoil it: framing said twice, or in an unusual way, and lines that
-# other readers are known to stumble over.
+# Inserted into a head to damage it: framing given twice, or in an unusual way, and lines that other
+# parsers are known to handle wrongly.
 LINES = (
     b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"content-length: 5\r\n", b"Content-Length: 05\r\n", b"Content-Length: +5\r\n",
     b"Content-Length: -1\r\n", b"Content-Length: 0x10\r\n", b"Content-Length: 5, 5\r\n", b"Content-Length: 5,6\r\n", b"Content-Length:\r\n",
@@ -122,7 +122,7 @@ ODD = (
 
 
 def spoil(source: random.Random, head: bytes) -> bytes:
-    """`head` with one to three things changed; half of the changes are harmless, so that many of
+    """`head` with one to three things changed. Half of the changes are harmless, so that many of
     the results are still good."""
     for _ in range(source.choice((1, 1, 2, 3))):
         head = _CHANGES[source.randrange(len(_CHANGES))](source, head)

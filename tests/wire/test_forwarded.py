@@ -1,5 +1,5 @@
-"""Forwarded (RFC 7239): the examples of the RFC, everything that quoting can hide, and nothing that
-a line leaves open for the next."""
+"""Forwarded (RFC 7239): the examples of the RFC, everything that quoting can hide, and the effect
+of a line on the next line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def well_formed(line: bytes) -> bool:
         ([b"for=192.0.2.43, for=198.51.100.17"], [{"for": b"192.0.2.43"}, {"for": b"198.51.100.17"}]),
         ([b'for=192.0.2.43,\tFOR="[2001:db8:cafe::17]"'], [{"for": b"192.0.2.43"}, {"for": b"[2001:db8:cafe::17]"}]),
         ([b"for=a", b"for=b;by=c"], [{"for": b"a"}, {"for": b"b", "by": b"c"}]),
-        # commas, semicolons, quotes and backslashes within quotes are of the value
+        # commas, semicolons, quotes and backslashes within quotes belong to the value
         ([rb'for="a,b;c=\"d\"\\";by=e'], [{"for": rb'a,b;c="d"' + b"\\", "by": b"e"}]),
         ([b'for="",by=x'], [{"for": b""}, {"by": b"x"}]),
         ([b"  for=a ; by=b  ,  for=c  "], [{"for": b"a", "by": b"b"}, {"for": b"c"}]),
@@ -86,6 +86,7 @@ def test_nodes(value: bytes, found: Node) -> None:
         b"2001:db8::17",
         b"[::1",
         b"[1.2.3.4]",
+        b"[no]",
         b"[::1]x",
         b"host",
         b"_",
@@ -94,7 +95,7 @@ def test_nodes(value: bytes, found: Node) -> None:
         b"1.1.1.1:999999",
     ],
 )
-def test_what_is_no_node(value: bytes) -> None:
+def test_what_is_not_a_node(value: bytes) -> None:
     with pytest.raises(ProtocolError):
         node(value)
 
@@ -108,9 +109,17 @@ def test_an_identity_in_its_dns_form_is_an_obfuscated_node() -> None:
         obfuscated("spiffe://cluster.local")
 
 
+def test_a_value_that_is_no_token_is_quoted() -> None:
+    element = {"for": b"_a", "by": b"a b", "host": b'a"\\'}
+    assert encode(element) == b'for=_a;by="a b";host="a\\"\\\\"'
+    assert parse([encode(element)]) == [element]
+    with pytest.raises(ValueError, match="by has bytes that no field may have"):
+        encode({"by": b"\x00"})
+
+
 _VALUES = st.text(
     st.characters(
-        codec="latin-1", exclude_characters=[chr(c) for c in (*range(9), *range(10, 32), 127)]
+        max_codepoint=255, exclude_characters=[chr(c) for c in (*range(9), *range(10, 32), 127)]
     ),
     max_size=20,
 )

@@ -1,4 +1,4 @@
-"""Fields and their lookup, whom a request is for, and what of a message ends at a hop (RFC 9110
+"""Fields and their lookup, the authority of a request, and the fields that end at a hop (RFC 9110
 §7.6.1)."""
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from proxy.wire.messages import (
     ResponseHead,
     absolute_authority,
     origin_form,
+    place,
     strip_hop_by_hop,
     upgrade_offer,
     wants_trailers,
@@ -34,7 +35,7 @@ def stripped(*fields: Field) -> list[Field]:
     return headers.items
 
 
-def test_fields_are_found_in_any_case_and_kept_in_theirs() -> None:
+def test_field_lookup_ignores_case_and_keeps_the_original_case() -> None:
     headers = Headers([(b"Host", b"a"), (b"X-A", b"1"), (b"x-a", b"2")])
     assert headers.get(b"host") == b"a"
     assert headers.get(b"x-a") == b"1"
@@ -102,7 +103,7 @@ def test_two_messages_do_not_share_their_fields() -> None:
     (b"http://a:80:81", None),
     (b"http://a b", None), (b"http://a:123456", None),
 ])  # fmt: skip
-def test_an_absolute_target_names_whom_it_is_for_or_nobody(
+def test_an_absolute_target_has_the_authority_or_none(
     target: bytes, authority: bytes | None
 ) -> None:
     assert absolute_authority(target) == authority
@@ -117,7 +118,7 @@ def test_a_request_is_for_its_target_before_its_host(
     assert RequestHead(method, target, Headers([(b"Host", b"host")])).authority == authority
 
 
-def test_a_request_without_a_host_is_for_nobody_in_particular() -> None:
+def test_a_request_without_a_host_has_no_authority() -> None:
     assert RequestHead(b"GET", b"/", Headers(), b"1.0").authority is None
 
 
@@ -183,9 +184,7 @@ def test_no_field_of_ours_can_be_taken_off_by_naming_it(name: bytes) -> None:
     ) == [(b"Host", b"a"), (name, b"x")]
 
 
-def test_all_fields_of_ours_are_told_by_their_names_and_no_trace_can_be_cut_by_naming_its_header() -> (
-    None
-):
+def test_connection_cannot_remove_fields_of_the_proxy_or_of_a_trace() -> None:
     assert HEADER.startswith(OWN)
     assert CALLER.startswith(OWN)
     assert all(name.startswith(OWN) for name in OVERRIDES)
@@ -226,7 +225,7 @@ def test_a_client_that_wants_trailers_says_so(te: list[bytes], wanted: bool) -> 
     (b"keep-alive", [b"websocket"], None),
     (b"upgrades", [b"websocket"], None),
 ])  # fmt: skip
-def test_an_upgrade_is_offered_on_when_it_was_asked_for_and_is_not_http2(
+def test_an_upgrade_is_forwarded_unless_it_is_http2(
     connection: bytes, upgrade: list[bytes], offer: bytes | None
 ) -> None:
     headers = Headers([(b"Connection", connection), *((b"Upgrade", line) for line in upgrade)])
@@ -265,3 +264,24 @@ def test_who_the_caller_is_does_not_pass_a_hop_in_any_spelling(name: bytes) -> N
     headers = Headers([(name, b"forged"), (b"X-Other", b"kept")])
     strip_hop_by_hop(headers)
     assert headers.items == [(b"X-Other", b"kept")]
+
+
+def test_lines_go_on_without_their_hop_by_hop_lines_and_stay_as_they_are() -> None:
+    block = b"Host: a\r\nConnection: close\r\nX: y\r\n"
+    headers = Headers.canonical(block, (b"Connection: close\r",))
+    assert headers.onward().encode() == b"Host: a\r\nX: y\r\n"
+    assert headers.encode() == block
+
+
+@pytest.mark.parametrize("headers", [Headers([(b"A", b"b")]), Headers.canonical(b"A: b\r\n", ())])
+def test_a_field_is_appended_to_fields_and_to_lines(headers: Headers) -> None:
+    headers.append(b"C", b"d")
+    assert headers.encode() == b"A: b\r\nC: d\r\n"
+    assert headers.items == [(b"A", b"b"), (b"C", b"d")]
+
+
+def test_the_place_of_a_field_is_that_of_the_first_one_and_0_is_none() -> None:
+    lines = b"host: a\r\nx: y\r\nx: z\r\n"
+    assert place(lines, b"\nhost: ") == lines.index(b"a")
+    assert place(lines, b"\nx: ") == lines.index(b"y")
+    assert place(lines, b"\nst: ") == 0

@@ -1,5 +1,5 @@
-"""The first bytes of a connection. A verdict, once given, is never changed by more bytes. What a
-lenient server would serve as HTTP is HTTP, and the openings of other protocols go on at once. The
+"""The first bytes of a connection. More bytes never change a verdict. What a lenient server would
+serve as HTTP is HTTP, and the first bytes of other protocols are forwarded at once. The
 ClientHellos are those of real TLS implementations."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Verdict = Protocol | ClientHello | NotTLS | Undecided
 
 
 def first(data: bytes, sniff: object = protocol) -> tuple[Verdict, int]:
-    """The verdict on `data`, and after how many bytes it was certain; asserts that no later byte
+    """The verdict on `data`, and after how many bytes it was certain. Asserts that no later byte
     changes it, and that what is unlikely once is never waited for again."""
     assert callable(sniff)
     verdict: Verdict = UNDECIDED
@@ -73,7 +73,8 @@ def test_http2_is_known_by_its_preface() -> None:
     assert first(preface + b"\0\0\x12\x04\0\0\0\0\0") == (Protocol.HTTP2, 16)
 
 
-# The first bytes of other protocols, as their clients send them, or the server, where it is first.
+# The first bytes of other protocols, as their clients send them, or the server, where it sends
+# first.
 OTHERS = {
     "nothing like it": b"\xff\xfe\xfd",
     "TLS": b"\x16\x03\x01\x02\x00\x01",
@@ -159,7 +160,7 @@ def test_other_protocols_go_on_at_once(data: bytes) -> None:
 
 
 HEAD = b"Host: a\r\nisthmus-client-id: spiffe://cluster.local/ns/a/sa/forged\r\n\r\n"
-# Request lines that one server or another serves; what is in front of them too.
+# Request lines that some server accepts, and what is in front of them.
 LENIENT = {
     "a NUL in the target": b"GET /a\x00b HTTP/1.1\r\n",
     "a NUL in the target of a rarer method": b"PROPFIND /a\x00b HTTP/1.1\r\n",
@@ -208,7 +209,7 @@ LENIENT = {
 @pytest.mark.parametrize("line", LENIENT.values(), ids=LENIENT)
 def test_a_request_line_that_is_malformed_is_http1_s_to_refuse(line: bytes) -> None:
     assert first(line + HEAD)[0] is Protocol.HTTP1
-    if line[:3] == b"get" or line[:1] == b"X":  # an unknown method may go on
+    if line[:3] == b"get" or line[:1] == b"X":  # an unknown method may be opaque
         return
     http = Http1Connection(Role.SERVER, Limits())
     http.receive_data(line + HEAD)
@@ -227,7 +228,7 @@ class _PythonServer(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(65537)
 
     def serves(self) -> bool:
-        """With an application that takes any method, as those of wsgiref and Werkzeug do."""
+        """With an application that accepts any method, as those of wsgiref and Werkzeug do."""
         return self.parse_request() and self.headers.get("isthmus-client-id") is not None
 
     def log_message(self, *_: object) -> None:
@@ -271,7 +272,7 @@ PIECES = st.sampled_from([*WORDS, *VERSIONS, *BETWEEN])
 @given(st.lists(PIECES, max_size=9).map(b"".join), st.booleans())
 def test_what_python_would_serve_is_http(line: bytes, plain: bool) -> None:
     """Python's http.server is the most lenient of the common ones. What it reads as a request with
-    our field in it is none that goes on as opaque, but for HTTP/0.9 without a path, which is Redis
+    our field in it is never forwarded as opaque, except for HTTP/0.9 without a path, which is Redis
     to others."""
     data = (b"GET" + line if plain else line) + b" HTTP/1.1\r\n" * plain + HEAD
     server = _PythonServer(data)
@@ -307,7 +308,9 @@ def test_no_variation_of_a_request_line_is_opaque(parts: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(
     "data", [b"PUT key\x00\x01\x02", b"FOO  ", b"FOO x", b"GET  ", b"\x05", b" GET", b"x" * 30]
 )
-def test_what_may_still_be_one_and_falls_silent_goes_on_and_is_looked_at(data: bytes) -> None:
+def test_an_incomplete_start_of_http_is_forwarded_after_a_silence_and_still_inspected(
+    data: bytes,
+) -> None:
     assert isinstance(protocol(data), Undecided)
     assert settle(data) is Protocol.OPAQUE
 
@@ -332,7 +335,7 @@ def test_or_by_its_end_for_as_long_as_a_server_reads(start: bytes) -> None:
     assert protocol(start + b"x" * LONGEST_LINE + b" HTTP/1.1\r\n") is Protocol.OPAQUE
 
 
-def test_white_space_without_end_is_no_way_around_the_verdict() -> None:
+def test_endless_white_space_does_not_avoid_the_verdict() -> None:
     assert first(b"\r\n" * 3000) == (Protocol.HTTP1, 4096)
     assert first(b" " * 5000) == (Protocol.HTTP1, 4096)
     for data in (bytes(5000) + b"x y HTTP/1.1\n", b"x y HTTP/1.1" + b" " * 5000 + b"\n"):
@@ -377,6 +380,25 @@ def test_what_is_kept_of_a_long_line_leads_to_the_same_verdict(
         if len(kept) > LINE_LIMIT:
             kept = condensed(kept)
             assert len(kept) <= LINE_LIMIT + 70
+
+
+@pytest.mark.parametrize(
+    ("tail", "more"),
+    [
+        (b"", b" HTTP/1.1\r\n"),
+        (b" ", b"HTTP/1.1\r\n"),
+        (b" HTTP/1", b".1\r\n"),
+        (b" y HTTP/1.1", b" z\r\n"),
+        (b" y", b"\r\n"),
+    ],
+)
+def test_what_is_kept_of_a_long_line_is_short_and_means_the_same(tail: bytes, more: bytes) -> None:
+    data = b"(GET /" + b"x" * 5000 + tail
+    assert protocol(data) is UNLIKELY
+    kept = condensed(data)
+    assert len(kept) <= LINE_LIMIT + 70
+    assert protocol(kept) is UNLIKELY
+    assert protocol(kept + more) is protocol(data + more)
 
 
 @pytest.mark.parametrize(("data", "verdict"), [
@@ -474,7 +496,7 @@ def test_a_hello_is_known_at_its_last_byte_and_not_before(data: bytes, hello: Cl
 
 def test_a_hello_with_a_post_quantum_key_share_is_larger_than_a_segment() -> None:
     assert len(HELLOS["OpenSSL"][0]) > 1400, (
-        "the bundled OpenSSL no longer offers X25519MLKEM768 by itself"
+        "the bundled OpenSSL no longer offers X25519MLKEM768 by default"
     )
 
 
@@ -549,7 +571,7 @@ NOT_HELLOS = {
 
 
 @pytest.mark.parametrize(("data", "certain"), NOT_HELLOS.values(), ids=NOT_HELLOS)
-def test_what_is_no_hello_is_known_as_soon_as_it_is_certain(data: bytes, certain: int) -> None:
+def test_what_is_not_a_hello_is_recognised_as_early_as_possible(data: bytes, certain: int) -> None:
     if certain < 100:
         assert first(data, client_hello) == (NOT_TLS, certain)
     assert client_hello(data) is NOT_TLS
@@ -566,7 +588,7 @@ def test_a_malformed_hello_is_not_for_us(data: bytes) -> None:
     assert first(data, client_hello) == (NOT_TLS, len(data))
 
 
-def test_a_spoiled_hello_is_a_hello_or_none_and_its_verdict_stands() -> None:
+def test_a_damaged_hello_is_a_hello_or_not_and_its_verdict_is_final() -> None:
     source = random.Random(3)
     verdicts = set()
     for _ in range(60):

@@ -1,5 +1,5 @@
-"""A WebSocket's handshake, translated: what one version says the other has to say, and nothing that
-belongs to one version is left."""
+"""A WebSocket's handshake, translated: the other version has the same information, and no field of
+the first version is left."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ NONE = {
 
 
 @pytest.mark.parametrize("request_", NONE.values(), ids=NONE)
-def test_what_is_no_handshake_is_not_taken_for_one(request_: RequestHead) -> None:
+def test_what_is_not_a_handshake_is_not_taken_for_one(request_: RequestHead) -> None:
     assert key_of(request_) is None
     assert not extends(request_)
 

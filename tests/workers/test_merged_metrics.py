@@ -1,34 +1,37 @@
-"""Several workers' metrics as one proxy's. Rules: counters are added and never go backwards, gauges
-each have their meaning."""
+"""Several workers' metrics as one proxy's.
+
+Rules: counters are added and never decrease; each gauge has its own way of merging."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.metric_families import Families
 from proxy.telemetry.metrics import Metrics
-from proxy.workers.merged_metrics import RULES, Family, MergedMetrics, reading
+from proxy.workers.merged_metrics import Family, MergedMetrics, reading
 from tests.workers.exposition import samples
+
+RULES = Metrics().families.rules
 
 
 def counted(value: float) -> list[Family]:
-    registry = CollectorRegistry()
-    Counter("a_total", "Things.", registry=registry).inc(value)
-    Gauge("b", "State.", registry=registry).set(value)
-    return reading(registry)
+    families = Families("")
+    families.counter("a_total", "Things.").at().inc(value)
+    families.gauge("b", "State.").at().set(value)
+    return reading(families.registry)
 
 
 def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
     metrics = Metrics()
-    metrics.http["inbound"].waited(0.2)
+    metrics.http["inbound"].latency.observe(0.2)
     metrics.count_error("outbound", 'a "quoted"\nreason')
     mine = reading(metrics.registry)
-    assert MergedMetrics().render(mine) == MergedMetrics().render(mine)
+    assert MergedMetrics(RULES).render(mine) == MergedMetrics(RULES).render(mine)
     ours = {
         name: value
-        for name, value in samples(MergedMetrics().render(mine)).items()
+        for name, value in samples(MergedMetrics(RULES).render(mine)).items()
         if name.startswith("isthmus_")
     }
     assert ours == {
@@ -39,12 +42,12 @@ def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
 
 
 def test_counters_and_every_part_of_a_histogram_are_added() -> None:
-    totals = MergedMetrics()
+    totals = MergedMetrics(RULES)
     for place, seconds in ((1, 0.2), (2, 0.002), (3, 100.0)):
         metrics = Metrics()
         with metrics.http["inbound"].request(b"GET") as record:
             record.head(200)
-        metrics.http["outbound"].waited(seconds)
+        metrics.http["outbound"].latency.observe(seconds)
         totals.take(place, reading(metrics.registry))
     found = samples(totals.render(reading(Metrics().registry)))
     assert found['isthmus_requests_total{direction="inbound",method="GET"}'] == 3
@@ -55,7 +58,7 @@ def test_counters_and_every_part_of_a_histogram_are_added() -> None:
 
 
 def test_gauges_are_added_or_follow_their_rule() -> None:
-    totals = MergedMetrics()
+    totals = MergedMetrics(RULES)
     for place, (connections, expiry, addresses, away) in enumerate(
         [(3, 500.0, 7, True), (4, 400.0, 7, False)], 1
     ):
@@ -77,10 +80,10 @@ def test_gauges_are_added_or_follow_their_rule() -> None:
 
 
 def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor() -> None:
-    """Its own registry has never heard of a certificate, and 0 would be the least."""
+    """Its own registry has no certificate, and 0 would be the minimum."""
     worker = Metrics()
     worker.set_validity(400.0, 500.0, 600.0)
-    totals = MergedMetrics()
+    totals = MergedMetrics(RULES)
     totals.take(1, reading(worker.registry))
     assert (
         samples(totals.render(reading(Metrics().registry)))[
@@ -90,8 +93,8 @@ def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor(
     )
 
 
-def test_a_worker_that_is_gone_leaves_its_counters_and_takes_its_gauges_along() -> None:
-    totals = MergedMetrics()
+def test_the_counters_of_a_dead_worker_stay_and_its_gauges_go() -> None:
+    totals = MergedMetrics(RULES)
     totals.take(1, counted(5))
     totals.take(2, counted(7))
     totals.gone(1)
@@ -105,8 +108,8 @@ def test_a_worker_that_is_gone_leaves_its_counters_and_takes_its_gauges_along() 
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 3), st.one_of(st.none(), st.integers(0, 9)))))
-def test_a_total_never_goes_backwards_whoever_dies(events: list[tuple[int, int | None]]) -> None:
-    totals, workers, before = MergedMetrics(), {1: 0, 2: 0, 3: 0}, 0.0
+def test_a_total_never_decreases_when_a_worker_dies(events: list[tuple[int, int | None]]) -> None:
+    totals, workers, before = MergedMetrics(RULES), {1: 0, 2: 0, 3: 0}, 0.0
     for place, more in events:
         if more is None:
             totals.gone(place)
@@ -120,7 +123,7 @@ def test_a_total_never_goes_backwards_whoever_dies(events: list[tuple[int, int |
 
 
 def test_the_text_is_one_that_prometheus_reads() -> None:
-    totals = MergedMetrics()
+    totals = MergedMetrics(RULES)
     metrics = Metrics()
     metrics.count_error("outbound", 'a "quoted"\nreason')
     totals.take(1, reading(metrics.registry))
@@ -133,4 +136,5 @@ def test_the_text_is_one_that_prometheus_reads() -> None:
 
 def test_the_rules_are_for_gauges_that_exist() -> None:
     gauges = {family.name for family in reading(Metrics().registry) if family.type == "gauge"}
+    assert RULES
     assert set(RULES) <= gauges

@@ -1,4 +1,5 @@
-"""What is the same in all workers of a proxy, what is divided among them, and how they are told."""
+"""What is the same in all workers of a proxy, what is divided among them, and the messages to
+them."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def test_without_names_there_is_no_share_of_them() -> None:
     assert share(configured(WORKERS="2")).dns is None
 
 
-def test_a_worker_is_told_all_that_the_configuration_says() -> None:
+def test_a_worker_gets_the_whole_configuration() -> None:
     config = configured(
         WORKERS="2",
         INBOUND__ALLOW="{8080: ['spiffe://cluster.local/ns/*']}",
@@ -76,7 +77,7 @@ def test_a_worker_is_told_all_that_the_configuration_says() -> None:
 
 
 @pytest.mark.parametrize("setting", ["OUTBOUND__LISTEN", "INBOUND__LISTEN", "DNS__LISTEN"])
-def test_a_port_that_anybody_may_choose_is_a_mistake_where_all_workers_need_the_same(
+def test_an_ephemeral_port_is_a_mistake_where_all_workers_need_the_same(
     setting: str,
 ) -> None:
     listen = {setting: "['127.0.0.1:0']"}
@@ -164,7 +165,7 @@ def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recogn
     assert opener.stopped(HERE, THERE) is not None
 
 
-def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() -> None:
+def test_the_worker_that_opened_a_connection_is_notified_of_its_stop() -> None:
     one, other = (OwnConnections(0, "west/web-1", table) for table in two_tables())
     one.add(HERE, THERE, 1)
     other.add(HERE, ELSEWHERE, 1)
@@ -173,12 +174,12 @@ def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() ->
     loop = one.stopped(HERE, THERE)
     assert loop is not None
     assert (loop.kind, loop.cycle) == ("own_connection", "west/web-1 -> west/web-1")
-    assert other.depth(HERE, THERE) == 1, "the mark is no part of the depth"
+    assert other.depth(HERE, THERE) == 1, "the mark is not part of the depth"
     assert other.stopped(HERE, ELSEWHERE) is None
     one.remove(HERE, THERE)
     assert other.depth(HERE, THERE) == 0
     one.add(HERE, THERE, 1)
-    assert one.stopped(HERE, THERE) is None, "the mark was of the connection before"
+    assert one.stopped(HERE, THERE) is None, "the mark belonged to the connection before"
 
 
 def test_what_a_dead_worker_has_left_is_forgotten_and_nothing_else() -> None:
@@ -224,7 +225,7 @@ async def test_a_length_that_cannot_be_is_not_waited_for() -> None:
         await receive(other)
 
 
-def test_a_proxy_of_one_process_shares_its_ports_with_nobody() -> None:
+def test_a_proxy_of_one_process_does_not_share_its_ports() -> None:
     config = configured(
         OUTBOUND__LISTEN="['127.0.0.1:0']", INBOUND__LISTEN="[]", ADMIN__LISTEN="[]"
     )

@@ -1,9 +1,8 @@
 """Several workers as one proxy, with real processes on loopback.
 
-Rules: the ports, the admin view and the exit code are those of one proxy; a worker that dies takes
-its own connections along and nothing else; what was counted is not forgotten. Connections are
-spread by a hash of their ports, so tests open them until both workers have some.
-"""
+Rules: the ports, the admin view and the exit code are those of one proxy. A worker that dies loses
+its own connections and nothing else. Its counters stay. The kernel distributes connections by a
+hash of their ports, so tests open connections until both workers have some."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ REQUESTS = 'isthmus_requests_total{direction="outbound",method="GET"}'
 
 
 def eventually(look: Callable[[], Any], what: str) -> Any:
-    """What `look` gives as soon as it gives something."""
+    """The result of `look`, as soon as it is true."""
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         if found := look():
@@ -48,8 +47,8 @@ def eventually(look: Callable[[], Any], what: str) -> Any:
 
 
 class Application(BaseHTTPRequestHandler):
-    """Answers at once; a request for /slow when `go` is set; one for /loop by asking the proxy the
-    very same again."""
+    """Responds at once; to a request for /slow when `go` is set; to one for /loop by sending the
+    same request to the proxy again."""
 
     protocol_version = "HTTP/1.1"
     go: threading.Event
@@ -209,7 +208,7 @@ class Kept:
 
 
 def owner(proxy: Proxy, port: int) -> int:
-    """The worker that holds the other end of the connection from `port` of ours."""
+    """The worker that has the other end of the connection from our `port`."""
     ends = f"{proxy.port:04X}", f"{port:04X}"
     for line in Path("/proc/net/tcp").read_text("ascii").splitlines()[1:]:
         fields = line.split()
@@ -226,8 +225,8 @@ def owner(proxy: Proxy, port: int) -> int:
 
 
 def counted(proxy: Proxy, requests: int) -> dict[str, float]:
-    """The metrics, once so many requests have been counted, and no more: a worker may have to be
-    waited for, its last answer is gone before it has counted that."""
+    """The metrics, once exactly so many requests have been counted. A worker counts a request after
+    it has sent the response, so the test has to wait for that."""
 
     def enough() -> dict[str, float] | None:
         found = proxy.metrics()
@@ -279,7 +278,7 @@ def test_both_workers_serve_and_read_as_one_proxy(stage: tuple[Proxy, Any]) -> N
     )
 
 
-def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_else(
+def test_a_killed_worker_loses_only_its_own_connections(
     stage: tuple[Proxy, Any],
 ) -> None:
     proxy, _ = stage
@@ -297,10 +296,10 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
             else:
                 one.ask()
         survivors = sum(one.worker != victim for one in kept)
-        # Its sockets are closed one by one, and its listener need not be the first.
+        # Its sockets are closed one by one, and its listener may not be the first.
         eventually(lambda: not Path(f"/proc/{victim}").exists(), "the one that was killed is gone")
         for _ in range(20):
-            assert get(proxy.port) == 200, "whoever comes now is not sent to the one that is gone"
+            assert get(proxy.port) == 200, "a new client does not reach the dead worker"
         counted(proxy, before_it + survivors + 20)
         eventually(lambda: len(proxy.workers()) == 2 and proxy.ready(), "two again")
         assert len(set(proxy.workers()) & set(before)) == 1
@@ -308,7 +307,7 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
         assert again['isthmus_worker_exits_total{how="signal"}'] == 1
     assert "was killed by SIGKILL" in proxy.logged()
     with ExitStack() as stack:
-        kept_by_both(proxy, stack)  # the new one has its part
+        kept_by_both(proxy, stack)  # the new one has its share
 
 
 def test_sigterm_lets_the_requests_of_all_workers_finish(stage: tuple[Proxy, Any]) -> None:
@@ -344,7 +343,7 @@ def test_a_second_signal_ends_all_of_them_at_once(stage: tuple[Proxy, Any]) -> N
     proxy.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert proxy.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 30, "half of the grace"
+    assert time.monotonic() - began < 30, "half of the grace period"
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     app.go.set()
     thread.join(PATIENCE)
@@ -355,7 +354,7 @@ def _cut(port: int) -> None:
         get(port, "/slow")
 
 
-def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(
+def test_a_worker_that_hangs_is_reported_until_it_runs_again(
     stage: tuple[Proxy, Any],
 ) -> None:
     proxy, _ = stage
@@ -378,12 +377,12 @@ def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(
         assert re.fullmatch(
             rb"not ready: worker 2: has not answered for [4-6] s\n", probe("/ready")[1]
         )
-        assert REQUESTS in proxy.metrics(), "what it said last still counts"
+        assert REQUESTS in proxy.metrics(), "its last report still counts"
     finally:
         os.kill(victim, signal.SIGCONT)
     eventually(lambda: probe("/ready")[0] == 200, "ready again")
     assert probe("/live")[0] == 200
-    assert sorted(took)[len(took) * 9 // 10] < 0.1, "no answer waits for a worker"
+    assert sorted(took)[len(took) * 9 // 10] < 0.1, "no response waits for a worker"
     assert max(took) < 1.0
 
 
@@ -425,14 +424,15 @@ def test_a_second_proxy_on_the_same_ports_is_refused_and_takes_nothing(
 def test_tokens_of_one_worker_stop_a_loop_that_goes_through_the_other(
     stage: tuple[Proxy, Any],
 ) -> None:
-    """As soon as one proxy would: the request is recognised on whichever worker it comes back."""
+    """As soon as one proxy would: the request is recognised on any worker that it comes back to."""
     proxy, app = stage
     assert get(proxy.port, "/loop") == 508
     assert len(app.rounds) == 5, "the first time, and loops.max_returns"
 
 
 def test_questions_of_many_programs_are_answered_by_both_workers(tmp_path: Path) -> None:
-    """Datagrams are divided as connections are, and each answer comes from where it was asked."""
+    """Datagrams are distributed like connections, and each answer comes from the address that was
+    asked."""
     port, names = free_port(), free_port()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
         upstream.bind((HOST, 0))
@@ -487,7 +487,7 @@ def test_what_is_wrong_is_said_once_and_by_the_exit_code(tmp_path: Path) -> None
         proxy.log.unlink()
 
 
-def test_a_listener_of_somebody_else_is_not_joined(tmp_path: Path) -> None:
+def test_a_listener_of_another_program_is_not_joined(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
@@ -500,8 +500,8 @@ def test_a_listener_of_somebody_else_is_not_joined(tmp_path: Path) -> None:
 
 
 def test_a_client_that_resumes_on_another_worker_makes_a_full_handshake(tmp_path: Path) -> None:
-    """Tickets are sealed by the worker that has made them. To the other one they are noise, and the
-    handshake goes on without."""
+    """Tickets are encrypted by the worker that has made them. The other one cannot read them, and
+    makes a full handshake."""
     settings, context = identity(tmp_path)
     with application(0) as (back, _):
         proxy = Proxy(tmp_path, settings, back, free_port(), side="inbound")
@@ -527,7 +527,8 @@ WHO = SpiffeId("cluster.local", "shop", "web")
 
 
 def identity(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
-    """The settings of a proxy with an identity, and what a client with the same one connects by."""
+    """The settings of a proxy with an identity, and the TLS context of a client with the same
+    one."""
     root = make_root("cluster.local")
     leaf = issue(root, WHO)
     for name, pem in (
@@ -583,7 +584,7 @@ def test_members_come_in_at_all_workers_whatever_others_do(tmp_path: Path, attac
         attacker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         stack.callback(attacker.wait)
         stack.callback(attacker.kill)
-        if attack != "refused":  # who is refused is sent away before it is in anybody's way
+        if attack != "refused":  # a refused client is disconnected before it blocks another one
             name = 'isthmus_connections_evicted_total{listener="inbound",reason="pending"}'
             eventually(lambda: proxy.metrics().get(name, 0) > 200, "the slots are taken")
         for _ in range(20):

@@ -7,22 +7,26 @@ entries are built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from proxy.directory.channel.identities import Identities
 from proxy.directory.channel.views import Content, PodView, ServiceView, pod_of, service_of
 from proxy.directory.downgrades import Former
 from proxy.directory.service_names import ServiceNames
-from proxy.directory.snapshot import Asked, Directory, Pod, Service, Target, of_family
+from proxy.directory.snapshot import Directory, Pod, Requested, Service, Target, of_family
 from proxy.net.address import Address
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What a new snapshot no longer has: `former`, addresses that had an identity; and what it now
-    has without one on the control plane's word, `plain`."""
+    """What new contents change about identities. `former`: addresses that had an identity, and have
+    left or have none now. `services`: those with identities that have left. `meshed` and `plain`:
+    hosts that the new contents state with an identity, and without one."""
 
     former: Mapping[str | Address, Former]
+    services: frozenset[str]
+    meshed: frozenset[str]
     plain: frozenset[str]
 
 
@@ -30,51 +34,56 @@ class Assembly:
     """Builds snapshots. `current` is the newest."""
 
     def __init__(self) -> None:
-        self.asked = Asked()
+        self.requested = Requested()
         self.domain = "cluster.local"
-        self.current = Directory(asked=self.asked)
+        self.current = Directory(requested=self.requested)
         self._addresses: dict[str, list[Address]] = {}  # by key: those in `clustered` or `served`
         self._services: dict[str, Service] = {}  # by key
         self._named: dict[str, Service] = {}  # "name.namespace"
+        self._identities = Identities()
 
     def apply(self, contents: Mapping[str, Content | None]) -> Losses:
         """Use these entries from now on. None: the mesh does not have it."""
         old = self.current
         clustered, served, pods = dict(old.clustered), dict(old.served), dict(old.pods)
-        touched: list[str] = []
+        with_identities = self._identities.services(contents)
+        change = self._identities.apply(contents)
         for key, view in contents.items():
             kind, _, name = key.partition("/")
             if kind == "a":
-                touched.append(name)
                 self._forget(key, name, clustered, served, pods)
                 self._put(key, name, view, (clustered, served, pods))
             else:
                 self._name(name, view)
         self._publish(clustered, served, pods)
-        return self._losses(old, touched)
+        left = with_identities.difference(service.qualified for service in self.current.services)
+        return Losses(change.former, left, change.meshed, change.plain)
 
-    def drop(self, keys: list[str]) -> None:
-        """These entries are unknown from now on."""
+    def drop(self, keys: Collection[str]) -> Mapping[str | Address, Former]:
+        """These entries are unknown from now on. Returns the addresses whose last known identity
+        was in them."""
         old = self.current
         clustered, served, pods = dict(old.clustered), dict(old.served), dict(old.pods)
+        former = self._identities.drop(keys)
         for key in keys:
             kind, _, name = key.partition("/")
             if kind == "a":
-                self.asked.hosts.discard(name)
+                self.requested.hosts.discard(name)
                 self._forget(key, name, clustered, served, pods)
             else:
                 self._named.pop(_short(name), None)
-                self.asked.names.discard(_short(name))
+                self.requested.names.discard(_short(name))
         self._publish(clustered, served, pods)
+        return former
 
-    def removed_identities(self, contents: Mapping[str, Content | None]) -> frozenset[str]:
-        """The keys in `contents` that are not part of the mesh any more, and had an identity."""
-        return frozenset(
-            key
-            for key, view in contents.items()
-            if view is None
-            and (key in self._services or key.partition("/")[2] in self.current.pods)
-        )
+    def identity_count(self, key: str) -> int:
+        """How many addresses `drop` of this entry may return."""
+        return self._identities.count(key)
+
+    def losing(self, contents: Mapping[str, Content | None]) -> Mapping[str, int]:
+        """The entries in `contents` with which addresses would lose their identity: how many, or a
+        few more."""
+        return self._identities.losing(contents)
 
     def rename(self, domain: str) -> None:
         """The domain of the cluster."""
@@ -105,7 +114,7 @@ class Assembly:
         into: tuple[dict[Address, Target], dict[Address, Target], dict[str, Pod]],
     ) -> None:
         clustered, served, pods = into
-        self.asked.hosts.discard(host)
+        self.requested.hosts.discard(host)
         if isinstance(view, ServiceView):
             service = service_of(view)
             found = {
@@ -123,7 +132,7 @@ class Assembly:
 
     def _name(self, name: str, view: Content | None) -> None:
         short = _short(name)
-        self.asked.names.add(short)
+        self.requested.names.add(short)
         if isinstance(view, ServiceView):
             self._named[short] = service_of(view)
         else:
@@ -148,28 +157,8 @@ class Assembly:
             served=served,
             pods=pods,
             _names=names,
-            asked=self.asked,
+            requested=self.requested,
         )
-
-    def _losses(self, old: Directory, hosts: list[str]) -> Losses:
-        new = self.current
-        former: dict[str | Address, Former] = {}
-        plain = set()
-        for host in hosts:
-            before, after = old.pods.get(host), new.pods.get(host)
-            if after is not None and after.endpoint.identity is None:
-                plain.add(host)
-            if before is not None and before.endpoint.identity is not None and after is None:
-                former[host] = Former(str(before.endpoint.identity), frozenset(), before.skip_ports)
-        touched = set(hosts)
-        for address, target in old.clustered.items():
-            if address.host in touched and address not in new.clustered:
-                identity = next(
-                    (str(end.identity) for end in target.endpoints if end.identity is not None), ""
-                )
-                if identity:
-                    former[address] = Former(identity, frozenset((target.service or "",)))
-        return Losses(former, frozenset(plain))
 
 
 def _short(name: str) -> str:

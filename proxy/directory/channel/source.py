@@ -5,9 +5,6 @@ that the proxies of a cluster do not return at the same moment. What is known st
 (subscriptions.py), and unused entries are kept too. So a control plane that is unavailable matters
 only to the first use of an address or name.
 
-The addresses behind a name are tried in random order, so the proxies spread over the replicas. The
-peer must have the configured identity.
-
 `current` is replaced after each answer. An address is in use while a connection to it is open
 (`holding`), so requests on an open connection never wait, and cost nothing here.
 """
@@ -17,12 +14,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import random
-import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import ClassVar
 
@@ -31,8 +25,8 @@ import trio
 from proxy.config.schema_files import ControlPlaneConfig
 from proxy.config.units import Network
 from proxy.directory.channel.assembly import Assembly
+from proxy.directory.channel.connector import Connector, close
 from proxy.directory.channel.messages import (
-    ALPN,
     ChannelError,
     Frames,
     FromControl,
@@ -55,16 +49,12 @@ from proxy.directory.former_identities import FormerIdentities
 from proxy.directory.service_names import ServiceNames, split_authority
 from proxy.directory.snapshot import Directory
 from proxy.directory.source import Report
-from proxy.identity.identity import Identity, PeerRefused
-from proxy.identity.spiffe import SpiffeId
+from proxy.identity.identity import PeerRefused
 from proxy.net.address import Address
 from proxy.net.exceptions import NetError, TLSFailed
-from proxy.net.socket_stream import SocketStream
-from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client
+from proxy.net.tls.handshake import TLSStream
 
 _log = logging.getLogger("isthmus.directory")
-
-Dial = Callable[[Address], Awaitable[SocketStream]]
 
 # Used until the control plane has reported the networks of the cluster.
 PRIVATE: tuple[Network, ...] = tuple(
@@ -79,8 +69,6 @@ SILENCE = 3
 _HEARTBEATS = 0.05, 300.0
 # Seconds between two looks for unused entries.
 _SWEEP = 5.0
-# Addresses of the control plane's name that one attempt tries.
-_TRIED = 3
 _MOST_NETWORKS = 256
 
 
@@ -89,9 +77,9 @@ class ChannelEnded(Exception):
 
 
 class ControlSource:
-    """See proxy/directory/source.py. `dial` opens a connection to an address. Attributes for
-    metrics: `connects` by result, `updates`, `unanswered`, `since` (Unix time of the connection)
-    and `heard` (trio's time of the last message)."""
+    """See proxy/directory/source.py. Attributes for metrics: `connects` by result, `updates`,
+    `unanswered`, `since` (Unix time of the connection) and `last_message` (trio's time
+    of the last message)."""
 
     asks: ClassVar[bool] = True
 
@@ -99,27 +87,27 @@ class ControlSource:
         self,
         settings: ControlPlaneConfig,
         hello: Hello,
-        identity: Identity,
-        dial: Dial,
+        connector: Connector,
         former: FormerIdentities,
     ) -> None:
         self.settings = settings
         self.former = former
-        self.subscriptions = Subscriptions(settings.max_subscriptions)
+        self.subscriptions = Subscriptions(settings.max_subscriptions, self._may_drop)
         self.connects: Counter[str] = Counter()
         self.updates = self.unanswered = 0
         self.since: float | None = None
-        self.heard: float | None = None
+        self.last_message: float | None = None
         self.replica = ""
         self.chance = random.Random()  # noqa: S311  # spreads reconnects
         self._reached = False
         self._why = "connecting"
         self._hello = hello
-        self._identity = identity
-        self._expected = SpiffeId.parse(settings.identity)
-        self._dial = dial
+        self._connector = connector
         self._networks: tuple[Network, ...] = settings.networks or PRIVATE
         self._assembly = Assembly()
+        self._dropping = 0  # addresses with an identity in entries that are about to be dropped
+        self._postponed: dict[str, Content | None] = {}
+        self._full = False  # `former` has no room, and the log says so
         self._heartbeat = _HEARTBEATS[1]
         self._wake = trio.Event()  # the writer has something to send
         self._answers: dict[str, trio.Event] = {}  # by key
@@ -145,11 +133,11 @@ class ControlSource:
     async def learn(self, original: Address) -> None:
         """See Source."""
         host = original.host
-        if host in self._assembly.asked.hosts:
+        if host in self._assembly.requested.hosts:
             inside = self.inside(host)
             await self._answer(address_key(host), inside=inside)
             if not inside:
-                self._assembly.asked.hosts.discard(host)
+                self._assembly.requested.hosts.discard(host)
 
     async def learn_name(self, authority: bytes, namespace: str) -> None:
         """See Source."""
@@ -159,7 +147,7 @@ class ControlSource:
             if parts
             else None
         )
-        if name is None or name in self._assembly.asked.names:
+        if name is None or name in self._assembly.requested.names:
             return
         key = service_key(name)
         entry = self.use(key)
@@ -189,7 +177,7 @@ class ControlSource:
 
     def await_host(self, host: str) -> None:
         """The host's entry is in use, and may be unknown."""
-        self._assembly.asked.hosts.add(host)
+        self._assembly.requested.hosts.add(host)
 
     def release(self, entry: Entry) -> None:
         """End a use."""
@@ -200,12 +188,32 @@ class ControlSource:
         """Entries that were dropped leave the snapshot."""
         dropped = self.subscriptions.dropped
         if dropped:
-            self._assembly.drop(dropped)
+            self.former.note(self._assembly.drop(dropped), trio.current_time())
+            self._dropping = 0
             for key in dropped:
+                self._postponed.pop(key, None)
                 self._answered(key)
             dropped.clear()
             if self.subscriptions.unsent:
                 self._wake.set()
+
+    def _may_drop(self, key: str) -> bool:
+        """Whether an unused entry may be dropped: its identities must be remembered."""
+        count = self._assembly.identity_count(key)
+        if count and not self.former.room(self._dropping + count, trio.current_time()):
+            self._say_full()
+            return False
+        self._dropping += count
+        return True
+
+    def _say_full(self) -> None:
+        if not self._full:
+            self._full = True
+            _log.error(
+                "entries whose endpoints lose their identities stay in use: more than %d addresses"
+                " would be remembered (directory.max_remembered)",
+                self.former.most,
+            )
 
     def _answered(self, key: str) -> None:
         event = self._answers.pop(key, None)
@@ -251,15 +259,34 @@ class ControlSource:
                 await trio.sleep(wait)
 
     async def _sweep(self) -> None:
-        asked = self._assembly.asked
+        requested = self._assembly.requested
         while True:
             await trio.sleep(min(_SWEEP, self.settings.unused / 2))
-            for name in asked.used:
-                if name in asked.names:
+            for name in requested.used:
+                if name in requested.names:
                     self.release(self.use(service_key(name)))
-            asked.used.clear()
+            requested.used.clear()
             self.subscriptions.expire(trio.current_time() - self.settings.unused)
             self._tidy()
+            self._use({})
+
+    async def probe(self, timeout: float) -> str:
+        """Connect once, exchange greetings and close, within `timeout` seconds. Returns the replica
+        that answered. Raises ChannelError, with the reason. Not while `run` runs."""
+        stream: TLSStream | None = None
+        try:
+            with trio.fail_after(timeout):
+                stream = await self._connector.open(self.settings, self.chance)
+                await self._greet(stream)
+        except trio.TooSlowError:
+            raise ChannelError(f"no answer within {timeout:g} s") from None
+        except (TLSFailed, PeerRefused, NetError, ChannelEnded, OSError) as error:
+            raise ChannelError(str(error) or type(error).__name__) from error
+        finally:
+            self._lost()
+            if stream is not None:
+                close(stream)
+        return self.replica
 
     async def _connect_once(self) -> None:
         """Open a connection and use it until it ends. `_why` is the reason."""
@@ -267,7 +294,7 @@ class ControlSource:
         result = "unreachable"
         try:
             with trio.fail_after(self.settings.connect_timeout):
-                stream = await self._open()
+                stream = await self._connector.open(self.settings, self.chance)
                 result = "protocol"
                 await self._greet(stream)
             result = "ok"
@@ -279,57 +306,14 @@ class ControlSource:
         except (TLSFailed, PeerRefused) as error:
             self._why = str(error)
             result = "tls" if result != "ok" else result
-        except (NetError, ChannelError, ChannelEnded, OSError) as error:
+        except (NetError, ChannelError, ChannelEnded, OSError, UnicodeError) as error:
             self._why = str(error) or type(error).__name__
         finally:
             if result != "ok":
                 self.connects[result] += 1
             self._lost()
             if stream is not None:
-                stream.close()
-
-    async def _open(self) -> TLSStream:
-        """Connect to one of the addresses. Raises OSError, NetError, PeerRefused, ChannelError."""
-        error: Exception = ChannelError("the name has no address")
-        addresses = (await self._resolve())[:_TRIED]
-        for address in addresses:
-            with trio.move_on_after(self.settings.connect_timeout / len(addresses)):
-                try:
-                    stream = await self._dial(address)
-                except NetError as failed:
-                    error = failed
-                    continue
-                return await self._secure(stream)
-            error = ChannelError(f"{address} does not answer")
-        raise error
-
-    async def _secure(self, stream: SocketStream) -> TLSStream:
-        identity, expected = self._identity, self._expected
-        tls = await tls_client(
-            stream,
-            identity.client_context,
-            TLSOffer(expected.sni, (ALPN,)),
-            verify=lambda chain: identity.verify_chain(chain, expected),
-            timeout=self.settings.connect_timeout,
-        )
-        if tls.info.alpn != ALPN:
-            tls.close()
-            raise ChannelError("the peer does not speak the protocol of the directory channel")
-        return tls
-
-    async def _resolve(self) -> Sequence[Address]:
-        """The addresses of the control plane, in random order. Raises OSError."""
-        host, _, port = self.settings.address.rpartition(":")
-        name = host.removeprefix("[").removesuffix("]")
-        with suppress(ValueError):
-            return [Address(str(ipaddress.ip_address(name)), int(port))]
-        found = await trio.to_thread.run_sync(
-            partial(socket.getaddrinfo, name, int(port), 0, socket.SOCK_STREAM),
-            abandon_on_cancel=True,
-        )
-        addresses = list(dict.fromkeys(Address(str(info[4][0]), int(port)) for info in found))
-        self.chance.shuffle(addresses)
-        return addresses
+                close(stream)
 
     async def _greet(self, stream: TLSStream) -> None:
         self._frames = Frames(self.settings.max_message)
@@ -389,7 +373,7 @@ class ControlSource:
         data = await stream.receive_some()
         if not data:
             raise ChannelEnded("the control plane has closed the connection")
-        self.heard = trio.current_time()
+        self.last_message = trio.current_time()
         contents: dict[str, Content | None] = {}
         try:
             for part in self._frames.feed(data):
@@ -413,35 +397,42 @@ class ControlSource:
 
     def _welcome(self, message: Welcome) -> None:
         low, high = _HEARTBEATS
-        self._heartbeat = min(max(message.heartbeat, low), high)
+        self._heartbeat = max(low, min(high, message.heartbeat))  # also of NaN
         self.replica = message.replica
         try:
-            told = tuple(map(ipaddress.ip_network, message.networks[:_MOST_NETWORKS]))
+            announced = tuple(map(ipaddress.ip_network, message.networks[:_MOST_NETWORKS]))
         except ValueError as error:
             raise ChannelError(f"Welcome has an invalid network: {error}") from None
-        self._networks = self.settings.networks or told or PRIVATE
+        self._networks = self.settings.networks or announced or PRIVATE
         self._assembly.rename(message.domain)
         self._tidy()
         self._wake.set()
 
     def _use(self, contents: dict[str, Content | None]) -> None:
+        """Use these contents, and those that were postponed."""
+        contents = self._postponed | contents
         if not contents:
             return
         now = trio.current_time()
-        kept = self._assembly.removed_identities(contents)
-        self.former.sweep(now)
-        if self.former.keep and len(self.former) + len(kept) > self.former.most:
-            _log.error(
-                "%d entries with identities were removed and stay in use: more than %d addresses"
-                " would be remembered (directory.max_remembered)",
-                len(kept),
-                self.former.most,
-            )
-            contents = {key: view for key, view in contents.items() if key not in kept}
+        self._postponed = {}
+        losing = 0
+        for key, count in self._assembly.losing(contents).items():
+            if self.former.room(losing + count, now):
+                losing += count
+            else:
+                self._postponed[key] = contents.pop(key)
+        if self._postponed:
+            self._say_full()
+        else:
+            self._full = False
+        if not contents:
+            return
         losses = self._assembly.apply(contents)
         for host in losses.plain:
-            self.former.release(host)
-        self.former.take(self.current, losses.former, now)
+            self.former.release(host, meshed=False)
+        for host in losses.meshed:
+            self.former.release(host, meshed=True)
+        self.former.take(self.current, losses.former, now, losses.services)
         self._report(None)
 
     def _lost(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,13 +60,15 @@ class Entry:
 
 class Subscriptions:
     """All entries of a proxy. `most`: how many are followed at once. Times are of the caller's
-    clock, in seconds. `dropped` has the keys that were dropped; the caller clears it."""
+    clock, in seconds. `dropped` has the keys that were dropped; the caller clears it. `may_drop` is
+    called with the key of an entry before it is dropped because it is unused. False: it stays."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, may_drop: Callable[[str], bool] = lambda _: True) -> None:
         self.entries: dict[str, Entry] = {}
         self.dropped: list[str] = []
         self.connected = False
         self._most = self._limit = most
+        self._may_drop = may_drop
         self._unused: OrderedDict[str, Entry] = OrderedDict()
         self._add: dict[str, None] = {}
         self._remove: dict[str, None] = {}
@@ -104,13 +106,13 @@ class Subscriptions:
         the control plane is unavailable."""
         while self.connected and self._unused:
             entry = next(iter(self._unused.values()))
-            if entry.unused > before:
+            if entry.unused > before or not self._may_drop(entry.key):
                 return
             self._drop(entry)
 
     def _make_room(self, key: str) -> bool:
         entry = next(iter(self._unused.values()), None)
-        if entry is None or entry.key == key:
+        if entry is None or entry.key == key or not self._may_drop(entry.key):
             return False
         self._drop(entry)
         return True
@@ -127,7 +129,9 @@ class Subscriptions:
         self.dropped.append(key)
 
     def _follow(self, entry: Entry) -> None:
-        self._remove.pop(entry.key, None)
+        if entry.key in self._remove:  # the control plane still has the former subscription
+            del self._remove[entry.key]
+            entry.sent = True
         if self.connected:
             self._add[entry.key] = None
 
@@ -151,7 +155,7 @@ class Subscriptions:
         refusal. Raises ChannelError."""
         if isinstance(message, Welcome):
             self._welcome(message)
-        elif not self.connected:
+        elif not self.connected and not isinstance(message, Goodbye):
             raise ChannelError(f"{type(message).__name__} before Welcome")
         elif isinstance(message, Update):
             entry = self.entries.get(message.key)
@@ -160,9 +164,7 @@ class Subscriptions:
                 entry.version = message.version
                 return [message.key]
         elif isinstance(message, Current):
-            for entry in self._sent(message.keys):
-                if entry.state != "known":
-                    raise ChannelError(f"Current for {entry.key}, which has no content")
+            pass  # also the answer to an earlier subscription of an entry that was dropped since
         elif isinstance(message, Refused):
             refused = self._sent(message.keys)
             for entry in refused:
@@ -197,7 +199,7 @@ class Subscriptions:
                 self._set(entry, "waiting")
             self._add[entry.key] = None
         for entry in ordered[self._limit :]:
-            if not entry.users:
+            if not entry.users and self._may_drop(entry.key):
                 self._drop(entry)
             elif entry.state == "waiting":
                 self._set(entry, "refused")

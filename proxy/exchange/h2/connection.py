@@ -206,6 +206,9 @@ class MultiplexedConnection:
                 stream.request = head
                 self.settings.streams.opens(self.share)
                 stream.on_event(event)
+                if self.broken is not None:
+                    # `_end` has told the streams of that time, and the reader had one more read
+                    stream.lose(StreamLost(self.broken, Code.CANCEL))
                 self._opened.append(stream)
             case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
                 self._on_stream_event(event)

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from proxy.exchange.h2.stream import Http2Stream
 
 
-def _begin(streams: list[Http2Stream], on_request: Callable[[Http2Stream], None]) -> None:
-    for stream in streams:
-        on_request(stream)
-
-
 class ReadPacer:
     """The reading side of one connection."""
 
@@ -90,11 +85,12 @@ class ReadPacer:
     def begin(self, streams: list[Http2Stream], on_request: Callable[[Http2Stream], None]) -> None:
         """Call `on_request` for the streams that a read has opened, now or in a later pass of the
         scheduler."""
-        pacer, count = self._limit.pacer, len(streams)
-        if pacer.now(self.line, count):
-            _begin(streams, on_request)
-        else:
-            pacer.queue(self.line, partial(_begin, streams, on_request), count)
+        pacer, line = self._limit.pacer, self.line
+        for stream in streams:
+            if pacer.now(line):
+                on_request(stream)
+            else:
+                pacer.queue(line, partial(on_request, stream))
 
     @property
     def full(self) -> bool:

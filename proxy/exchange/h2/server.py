@@ -53,7 +53,12 @@ class Http2Exchange(Exchange):
         self, stream: Http2Stream, facts: ConnectionInfo, settings: ServerSettings
     ) -> None:
         request = stream.request or _NOTHING_READ
-        malformed = ProtocolError(str(stream.lost)) if stream.lost is not None else None
+        malformed = None
+        if stream.lost is not None:
+            malformed = ProtocolError(str(stream.lost))
+        elif len(request.target) > settings.limits.target:
+            words = f"the request target is longer than {settings.limits.target} bytes"
+            malformed = ProtocolError(words, 414)
         super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
         self.stream = stream
         self._settings = settings
@@ -73,7 +78,7 @@ class Http2Exchange(Exchange):
             self._send_head(head, end=False)
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
-        if self.malformed is not None:
+        if self.malformed is not None and self.stream.lost is not None:
             # RFC 9113 §8.1.1: the reset is the response
             raise ClientGone("the stream was reset because the request was malformed")
         bodiless = self.frame(head, body.length)

@@ -21,6 +21,7 @@ from OpenSSL import SSL, crypto
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.exceptions import TLSFailed
+from proxy.net.fairness import take_step
 from proxy.net.linger import discard_unread
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.binding import was_resumed
@@ -75,6 +76,7 @@ async def tls_server(
     the whole handshake.
     """
     try:
+        await take_step()  # thousands of clients may send their ClientHello at once
         connection = SSL.Connection(context, stream.socket)
         connection.set_app_data(Verdict(verify))
         connection.set_accept_state()

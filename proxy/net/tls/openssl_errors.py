@@ -98,14 +98,14 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
         return ConnectionLost(f"the peer ended TLS {doing}", "closed")
     if arguments and isinstance(arguments[0], str):  # raised by a callback of the context
         return TLSFailed("protocol", f"{arguments[0]} ({doing})")
-    told = reasons(error)
-    kind, words = _judge(told, connection)
+    found = reasons(error)
+    kind, words = _judge(found, connection)
     return TLSFailed(
         kind,
         (
             f"{words} ({doing})"
             if words
-            else f"TLS failed {doing}: {', '.join(told) or 'no reason given'}"
+            else f"TLS failed {doing}: {', '.join(found) or 'no reason given'}"
         ),
     )
 
@@ -138,8 +138,8 @@ def _loss(connection: SSL.Connection) -> int:
     )
 
 
-def _judge(told: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
-    for reason in told:
+def _judge(found: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
+    for reason in found:
         if reason == _CERTIFICATE_REFUSED:
             words = getattr(connection.get_app_data(), "refusal", None)  # see verify.Verdict
             return "certificate", (
@@ -147,9 +147,9 @@ def _judge(told: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
             )
         if reason in _UNFIT:
             return "certificate", _UNFIT[reason]
-        protocol, alert, said = reason.partition(" alert ")
+        protocol, alert, description = reason.partition(" alert ")
         if alert and protocol.startswith(("ssl", "tls")):
-            return "alert", f"the peer refused: {said}"
+            return "alert", f"the peer refused: {description}"
         if reason in _NOT_TLS:
             return "protocol", _NOT_TLS[reason]
     return "protocol", ""

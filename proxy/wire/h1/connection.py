@@ -133,7 +133,7 @@ class Http1Connection:
                 return remaining
             case ChunkedReader():
                 return Framing.CHUNKED
-            case CloseReader():
+            case _:
                 return Framing.CLOSE
 
     def next_request(self) -> RequestHead | Signal:

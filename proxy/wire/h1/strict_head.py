@@ -208,7 +208,8 @@ def decide_request(head: bytes, limits: Limits) -> RequestHead:
     event = _read(
         h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True
     )
-    if not isinstance(event, h11.Request):  # a server connection returns nothing else first
+    # For the type checker: a server connection returns nothing else first.
+    if not isinstance(event, h11.Request):  # pragma: no cover
         raise ProtocolError("a request was expected")
     if event.http_version not in (b"1.0", b"1.1"):
         raise ProtocolError(f"HTTP/{event.http_version.decode('ascii')} is not supported", 505)
@@ -252,7 +253,8 @@ def decide_response(head: bytes, limits: Limits) -> ResponseHead:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.head)
     connection.send(_ANY_REQUEST)
     event = _read(connection, head, request=False)
-    if isinstance(event, h11.Request):
+    # For the type checker: a client connection returns no request.
+    if isinstance(event, h11.Request):  # pragma: no cover
         raise ProtocolError("a response was expected")
     if event.http_version not in (b"1.0", b"1.1"):
         raise ProtocolError(f"a response in HTTP/{event.http_version.decode('ascii')}")

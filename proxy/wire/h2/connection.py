@@ -633,11 +633,11 @@ class Http2Connection(FrameBudget):
         self._forget(stream)
 
     def _forget(self, stream: StreamState) -> None:
-        if self._streams.pop(stream.number, None) is not None:
-            if (stream.number % 2 == 1) == self._client:
-                self._open_ours -= 1
-            else:
-                self._open_theirs -= 1
+        del self._streams[stream.number]
+        if (stream.number % 2 == 1) == self._client:
+            self._open_ours -= 1
+        else:
+            self._open_theirs -= 1
 
     def _forgive(self, number: int, stream: StreamState | None) -> None:
         if number not in self._forgiven:

@@ -1,5 +1,5 @@
-"""Both ends of the channel without I/O, against a model: whatever happens in between, the proxy
-knows at the end what the control plane knows, of the entries that it uses."""
+"""Both ends of the channel without I/O, against a model. Whatever happens in between, at the end
+the proxy has the same entries as the control plane, as far as it uses them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(most=st.sampled_from((2, MOST, 9)))
     def restart(self, most: int) -> None:
-        """The connection breaks with what is on its way, and another replica answers."""
+        """The connection breaks with data in flight, and another replica answers."""
         self.disconnect()
         self.views = Views(self.catalog)
         self.connect(most)
@@ -181,7 +181,7 @@ class Machine(RuleBasedStateMachine):
             self.to_proxy(1 << 20)
         self.compare()
 
-    # What must be true
+    # What must hold
 
     @invariant()
     def nothing_is_followed_beyond_the_limit(self) -> None:
@@ -215,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         self.compare_snapshot(fresh)
 
     def compare_snapshot(self, fresh: Views) -> None:
-        """The snapshot says the same as one that is made at once of what is known."""
+        """The snapshot is equal to one that is built at once from the known entries."""
         whole = Assembly()
         whole.apply(self.known)
         one, two = self.assembly.current, whole.current
@@ -286,8 +286,8 @@ STEPS = (
 
 @pytest.mark.parametrize("seed", range(8))
 def test_long_random_plays(seed: int) -> None:
-    """The rules above, drawn evenly: deeper than the search for small counterexamples. One play in
-    ten finds that views.py forgets one kind of dependency."""
+    """The rules above with uniform random choices: deeper than the search for small
+    counterexamples. One play in ten finds it if views.py omits one kind of dependency."""
     for number in range(30):
         chance = random.Random(seed * 1000 + number)
         machine = Machine()

@@ -1,5 +1,5 @@
-"""The pool by itself: connections are used again while they are good, bounded in number, and waited
-for in order and not for long."""
+"""The pool alone: connections are used again while they are good, bounded in number, and handed out
+in order, with a short wait."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HEAD = RequestHead(b"GET", b"/", Headers([(b"Host", b"a")]))
 
 
 class Bench:
-    """A pool with connections to a silent server, and the accounts that it opened."""
+    """A pool with connections to a silent server, and the records of the connections that it
+    opened."""
 
     def __init__(self, **settings: float) -> None:
         self.listener = listen()
@@ -52,7 +53,7 @@ class Bench:
         assert self.opened == self.closed
 
     def give_back(self, upstream: Upstream, *, usable: bool = True) -> None:
-        """After an exchange, if the connection is to be usable."""
+        """Return it after an exchange, usable or not."""
         if usable:
             upstream.http.send_request(HEAD, 0)
             upstream.http.send_end(EndOfMessage())
@@ -77,9 +78,7 @@ async def test_the_last_connection_given_back_is_the_first_to_be_used_again() ->
     bench.end()
 
 
-async def test_one_that_was_given_back_at_this_very_moment_comes_behind_those_of_earlier_moments() -> (
-    None
-):
+async def test_a_connection_returned_now_is_used_after_those_returned_earlier() -> None:
     bench = Bench()
     kept = [await bench.pool.acquire(KEY) for _ in range(5)]
     now = trio.current_time()
@@ -104,7 +103,7 @@ async def test_a_connection_that_was_opened_elsewhere_is_used_as_a_new_one() -> 
     assert (bench.pool.counts(), bench.closed) == ((0, 1), 1)
     upstream = await bench.pool.acquire(KEY)
     assert upstream.stream is stream
-    assert not upstream.reused, "so nothing is repeated that it fails to answer"
+    assert not upstream.reused, "so nothing is retried that it fails to answer"
     bench.give_back(upstream)
     again = await bench.pool.acquire(KEY)
     assert again is upstream
@@ -137,7 +136,7 @@ async def test_idle_connections_are_dropped_in_time(autojump_clock: MockClock) -
     bench.give_back(fresh)
     await trio.sleep(3.1)
     assert bench.pool.sweep() == 1
-    assert not bench.pool._slots  # nothing is remembered of an endpoint that nobody uses
+    assert not bench.pool._slots  # nothing is remembered about an unused endpoint
     bench.end()
 
 
@@ -157,7 +156,7 @@ async def test_a_connection_has_a_greatest_age(autojump_clock: MockClock) -> Non
     bench.end()
 
 
-async def test_a_connection_that_the_server_closed_meanwhile_is_not_used() -> None:
+async def test_a_connection_that_the_server_has_closed_is_not_used() -> None:
     bench = Bench()
     upstream = await bench.pool.acquire(KEY)
     bench.give_back(upstream)
@@ -168,7 +167,7 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_not_used() -> No
     bench.end()
 
 
-async def test_a_connection_on_which_the_server_spoke_unasked_is_not_used() -> None:
+async def test_a_connection_with_unexpected_data_of_the_server_is_not_used() -> None:
     bench = Bench()
     bench.give_back(await bench.pool.acquire(KEY))
     sock, _ = bench.listener.accept()
@@ -181,7 +180,7 @@ async def test_a_connection_on_which_the_server_spoke_unasked_is_not_used() -> N
 
 
 class Side:
-    """Of the fast path, as far as a pool knows it."""
+    """A side of the fast path, with what a pool uses of it."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.forgotten = False
@@ -192,11 +191,13 @@ class Side:
         return True
 
     def forget(self) -> None:
-        assert self._stream.ended() == "open", "its descriptor is no other connection's yet"
+        assert self._stream.ended() == "open", (
+            "its descriptor does not belong to another connection yet"
+        )
         self.forgotten = True
 
 
-async def test_whoever_watches_a_connection_is_told_before_it_is_closed() -> None:
+async def test_the_observer_of_a_connection_is_called_before_it_is_closed() -> None:
     bench = Bench(idle=1)
     broken, *others = [await bench.pool.acquire(KEY) for _ in range(3)]
     sides = [Side(upstream) for upstream in (broken, *others)]
@@ -209,7 +210,7 @@ async def test_whoever_watches_a_connection_is_told_before_it_is_closed() -> Non
     assert all(side.forgotten for side in sides)
 
 
-async def test_who_waits_is_served_in_order_and_no_newcomer_overtakes() -> None:
+async def test_waiting_requests_are_served_in_order() -> None:
     bench = Bench(connections=1)
     served: list[str] = []
 
@@ -231,7 +232,7 @@ async def test_who_waits_is_served_in_order_and_no_newcomer_overtakes() -> None:
     bench.end()
 
 
-async def test_a_connection_that_breaks_leaves_its_room_to_who_waits() -> None:
+async def test_a_connection_that_breaks_makes_room_for_a_waiting_request() -> None:
     bench = Bench(connections=1)
     reused: list[bool] = []
 
@@ -265,7 +266,7 @@ async def test_waiting_has_a_deadline_that_overtaking_cannot_move(
     bench.end()
 
 
-async def test_while_a_connection_is_being_opened_nobody_is_told_that_the_pool_is_exhausted(
+async def test_while_a_connection_is_being_opened_no_request_is_refused(
     autojump_clock: MockClock,
 ) -> None:
     bench, served = Bench(connections=1, wait_timeout=5), 0
@@ -341,7 +342,7 @@ async def test_the_queue_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("usable", [True, False], ids=["a connection", "room"])
-async def test_what_is_given_to_one_who_was_cancelled_in_that_moment_goes_to_the_next(
+async def test_a_connection_handed_to_a_cancelled_waiter_goes_to_the_next(
     usable: bool,
 ) -> None:
     bench = Bench(connections=1)
@@ -405,7 +406,7 @@ async def test_a_closed_pool_keeps_nothing_that_comes_back() -> None:
     bench.end()
 
 
-async def test_a_closed_pool_closes_what_is_opened_later_behind_its_exchange() -> None:
+async def test_a_closed_pool_closes_later_connections_after_their_exchange() -> None:
     bench = Bench()
     bench.pool.close()
     bench.give_back(await bench.pool.acquire(KEY))

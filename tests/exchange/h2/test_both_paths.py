@@ -1,5 +1,5 @@
-"""What is special about a stream without a task: its faults are nobody else's, and what does not
-move has its deadlines all the same."""
+"""A stream without a task: its faults do not affect other streams, and its deadlines hold although
+nothing moves."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
 
     if where != "account":
         monkeypatch.setattr(owner, where, step)
-    heard: list[int] = []
+    received: list[int] = []
 
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         peer.h2.send_headers(number, OK)
@@ -61,7 +61,7 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
                 while message.reset is None:
                     async with peer.moved:
                         await peer.moved.wait()
-            heard.append(message.reset)
+            received.append(message.reset)
 
     settings = Settings2(fast=True, account=fail if where == "account" else None)
     async with through2(answering2(respond), settings) as (client, proxy):
@@ -81,12 +81,12 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
         for record in caplog.records
         if "internal error while carrying an HTTP/2 stream" in record.message
     ] == [True]
-    assert heard in ([], [Code.CANCEL])
+    assert received in ([], [Code.CANCEL])
 
 
 @pytest.mark.parametrize("fast", ON_BOTH)
-async def test_padding_is_no_movement(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that sends nothing but that, within a request, is as good as silent."""
+async def test_padding_is_not_progress(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends only padding within a request counts as silent."""
     monkeypatch.setattr(fast_path, "PATIENCE", 0.1)
 
     async def respond(peer: Peer2, number: int, message: Answer) -> None:

@@ -1,5 +1,5 @@
-"""Back-pressure from end to end: who is slow stops the one who sends to it, and nobody else;
-nothing is buffered without a bound."""
+"""Back-pressure from end to end: a slow reader stops only its own sender, and nothing is buffered
+without a bound."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FLOOD = [*GET[:3], (b":path", b"/flood")]
 
 
 async def still(value: object, get: object) -> int:
-    """Wait until what `get` says does not change any more."""
+    """Wait until the result of `get` no longer changes."""
     assert callable(get)
     with trio.fail_after(30):
         while True:
@@ -76,24 +76,25 @@ async def test_a_client_that_does_not_take_its_response_stops_the_server_and_no_
     async with through2(answering2(source.respond), SLOW) as (client, proxy):
         client.h2.increment_flow_control_window(
             2**30
-        )  # the connection's: what is short is the stream's
+        )  # of the connection: only the stream's window is small
         number = await client.request(FLOOD)
         while not client.messages.get(number, Answer()).headers:
             await client.read()
-        # From here on the client reads, but gives the stream's window back to nobody.
+        # From here on the client reads, but never enlarges the stream's window.
         for _ in range(20):
             other = await client.request(GET)
             while other not in client.ended:
                 await client.read()
             client.h2.acknowledge_received_data(2, other)
         sent = await still(None, lambda: sum(source.sent.values()))
-        # The client's window (65535), the server's (a window of the proxy's), and what is between.
+        # The client's window (65535), the server's (a window of the proxy's), and the buffers
+        # between.
         assert sent <= 65535 + WINDOW + 16384
         mux = proxy.muxes()[0]
         assert sum(len(data) for s in mux._streams.values() for data, _ in s._chunks) <= WINDOW  # type: ignore[attr-defined]
         await client.reset(number)
         await proxy.idle()
-        # The windows are full again: as much comes as did in the beginning, three times.
+        # The windows are full again: as much arrives as at the start, three times.
         for _ in range(3):
             number = await client.request(FLOOD)
             while len(client.messages.get(number, Answer()).body) < 50_000:
@@ -113,10 +114,10 @@ async def test_a_client_that_reads_nothing_at_all_stops_the_server() -> None:
         assert sent > 0
         assert proxy.servers[0].mux.writer._ahead <= 256 * 1024 + WINDOW
         assert sent <= 2_000_000  # a few windows and the kernel's buffers
-        # Of the connection to the server slow consumers hold the window, so it has no room for
+        # Slow consumers hold the window of the connection to the server, so it has no room for
         # others.
         await until(lambda: proxy.muxes()[0].congested)
-        # Another client is served meanwhile.
+        # Another client is served at the same time.
         other = await proxy.connect2()
         with trio.fail_after(30):
             assert (await other.ask()).body == b"ok"
@@ -129,7 +130,7 @@ async def test_a_server_that_does_not_take_an_upload_stops_its_client_and_no_oth
             await ok(peer, number, message)
 
     async def script(peer: Peer2) -> None:
-        while True:  # windows are given back to nobody
+        while True:  # windows are never enlarged
             for event in await peer.read():
                 if isinstance(event, h2.events.RequestReceived):
                     await respond(peer, event.stream_id, peer.messages[event.stream_id])
@@ -201,7 +202,7 @@ async def test_streams_take_turns_where_the_connection_s_window_is_short() -> No
     async with through2(answering2(source.respond), server={INITIAL: 2**24}) as (client, proxy):
         client.h2.update_settings(
             {INITIAL: 2**24}
-        )  # each stream may have much: what is short is the 65535 bytes of all
+        )  # each stream has a large window: the limit is the 65535 bytes of all
         await client.flush()
         numbers = [await client.request(FLOOD) for _ in range(12)]
         got = dict.fromkeys(numbers, 0)
@@ -241,7 +242,8 @@ async def test_many_uploads_at_once_arrive_whole() -> None:
 
 
 async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -> None:
-    """Why no exchange sends by itself: a send that is cancelled half-way has torn a frame."""
+    """Why no exchange sends by itself: a send that is cancelled half-way leaves an incomplete
+    frame."""
     async with through2(answering2(echo2), Settings2(buffers=16384), server={INITIAL: 2**20}) as (
         client,
         proxy,
@@ -274,7 +276,7 @@ async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -
 
 @pytest.mark.parametrize("size", [1, 100])
 async def test_small_pieces_take_no_more_memory_than_large_ones(size: int) -> None:
-    """A window of single bytes would otherwise be a hundred times as large in memory."""
+    """A window of single bytes would otherwise need a hundred times as much memory."""
 
     async with through2(answering2()) as (client, proxy):
         proxy.hangs = trio.Event()  # the proxy keeps what the client sends
@@ -295,8 +297,8 @@ async def test_small_pieces_take_no_more_memory_than_large_ones(size: int) -> No
 async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(
     mock_clock: MockClock,
 ) -> None:
-    """A watch by a bidirectional call: what the client said first is all that it has to say. Time
-    moves when the test says so."""
+    """A watch as a bidirectional call: the client sends only at the start. The test moves the
+    time."""
     more = [trio.Event() for _ in range(4)]
 
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
@@ -330,7 +332,7 @@ async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(
         assert proxy.ended[0].failure == "request_timeout"
 
 
-async def test_padding_without_data_does_not_hide_how_much_comes_behind_it() -> None:
+async def test_padding_without_data_does_not_hide_how_much_follows() -> None:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         peer.h2.send_headers(number, OK)
         peer.h2.send_data(number, b"", pad_length=20)

@@ -1,14 +1,13 @@
-"""HTTP is the same on both sides, whatever version each of them speaks: what belongs to a
-connection stays with it, and all else arrives.
-
-Peers are python-hyper's h2 and h11.
-"""
+"""HTTP is the same on both sides, whatever version each of them has: connection fields stay with
+their connection, and everything else arrives. Peers are python-hyper's h2 and h11."""
 
 from __future__ import annotations
 
 import pytest
 import trio
 
+from proxy.exchange.server_settings import ServerSettings
+from proxy.wire.messages import Limits
 from tests.kit.http import OK as OK1
 from tests.kit.http import Message, Peer, answering, chunked, echo, origin
 from tests.kit.http2_hop import Settings2, hop2, through2
@@ -32,12 +31,12 @@ def fields(*pairs: Pair, base: list[Pair] = GET) -> list[Pair]:
     return [*base, *pairs]
 
 
-async def _heard1(
+async def _received_by_http1(
     request: list[Pair], body: bytes | None = None, trailers: list[Pair] | None = None
 ) -> Message:
     """The request as an HTTP/1 server gets it from an HTTP/2 client."""
-    heard: list[Message] = []
-    async with origin(answering(OK1, heard)) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
+    received: list[Message] = []
+    async with origin(answering(OK1, received)) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
         client = await proxy.connect2(checked=False)
         number = await client.request(request, end=body is None)
         if body is not None:
@@ -47,29 +46,31 @@ async def _heard1(
         answer = await client.message(number)
         assert answer.body == b"ok"
         assert answer.get(b"content-length") == b"2"
-    return heard[0]
+    return received[0]
 
 
-async def _heard2(request: bytes) -> Answer:
+async def _received_by_http2(request: bytes) -> Answer:
     """The request as an HTTP/2 server gets it from an HTTP/1 client."""
-    heard: list[Answer] = []
+    received: list[Answer] = []
 
     async def note(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await ok(peer, number, message)
 
     async with origin(speaking(answering2(note))) as up, hop2(up.address) as proxy:
         client = await proxy.connect()
         answer = await client.ask(request)
         assert (answer.start, answer.body) == ((b"200", b"OK"), b"ok")
-    return heard[0]
+    return received[0]
 
 
 # HTTP/2 client, HTTP/1 server
 
 
 async def test_authority_becomes_host_and_cookies_are_one_field() -> None:
-    request = await _heard1(fields((b"cookie", b"a=1"), (b"x-y", b"Z"), (b"cookie", b"b=2")))
+    request = await _received_by_http1(
+        fields((b"cookie", b"a=1"), (b"x-y", b"Z"), (b"cookie", b"b=2"))
+    )
     assert request.start == (b"GET", b"/")
     assert request.get(b"host") == b"a"
     assert request.get(b"cookie") == b"a=1; b=2"
@@ -78,12 +79,12 @@ async def test_authority_becomes_host_and_cookies_are_one_field() -> None:
 
 
 async def test_a_request_that_names_no_authority_is_for_where_the_client_went() -> None:
-    request = await _heard1([pair for pair in GET if pair[0] != b":authority"])
+    request = await _received_by_http1([pair for pair in GET if pair[0] != b":authority"])
     assert (request.get(b"host") or b"").startswith(b"127.0.0.1:")
 
 
-async def test_te_trailers_is_said_by_the_rules_of_http1() -> None:
-    request = await _heard1(fields((b"te", b"trailers")))
+async def test_te_trailers_follows_the_rules_of_http1() -> None:
+    request = await _received_by_http1(fields((b"te", b"trailers")))
     assert request.get(b"te") == b"trailers"
     assert request.get(b"connection") == b"TE"
 
@@ -91,7 +92,7 @@ async def test_te_trailers_is_said_by_the_rules_of_http1() -> None:
 @pytest.mark.parametrize("length", [True, False], ids=["content-length", "chunked"])
 async def test_a_body_of_http2_is_framed_as_http1_has_it(length: bool) -> None:
     body = b"x" * 40_000
-    request = await _heard1(
+    request = await _received_by_http1(
         fields(*([(b"content-length", b"40000")] if length else []), base=POST), body
     )
     assert request.body == body
@@ -100,13 +101,15 @@ async def test_a_body_of_http2_is_framed_as_http1_has_it(length: bool) -> None:
 
 
 async def test_a_request_s_trailers_reach_http1() -> None:
-    request = await _heard1(POST, b"body", [(b"x-sum", b"1")])
+    request = await _received_by_http1(POST, b"body", [(b"x-sum", b"1")])
     assert request.body == b"body"
     assert request.trailers == [(b"x-sum", b"1")]
 
 
 async def test_options_of_the_whole_server() -> None:
-    assert (await _heard1([(b":method", b"OPTIONS"), *GET[1:3], (b":path", b"*")])).start == (
+    assert (
+        await _received_by_http1([(b":method", b"OPTIONS"), *GET[1:3], (b":path", b"*")])
+    ).start == (
         b"OPTIONS",
         b"*",
     )
@@ -122,7 +125,7 @@ async def _answer(response: bytes, request: list[Pair] = GET) -> Answer:
     return answer
 
 
-async def test_what_http1_says_of_its_connection_stays_there() -> None:
+async def test_connection_fields_of_http1_are_not_forwarded() -> None:
     answer = await _answer(
         b"HTTP/1.1 200 Fine\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive:"
         b" timeout=5\r\nContent-Length: 2\r\nX-A: B\r\n\r\nok"
@@ -171,7 +174,7 @@ async def test_interim_responses_come_first() -> None:
     assert answer.status == 200
 
 
-async def test_a_switch_of_protocols_that_nobody_asked_for_is_an_error() -> None:
+async def test_an_unrequested_switch_of_protocols_is_an_error() -> None:
     answer = await _answer(
         b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade, close\r\nUpgrade:"
         b" websocket\r\n\r\n"
@@ -183,7 +186,7 @@ async def test_a_switch_of_protocols_that_nobody_asked_for_is_an_error() -> None
 
 
 async def test_host_becomes_authority_and_connection_fields_go() -> None:
-    request = await _heard2(
+    request = await _received_by_http2(
         b"GET /p?q HTTP/1.1\r\nHost: shop:80\r\nConnection: keep-alive, X-Hop, TE\r\nX-Hop:"
         b" 1\r\nKeep-Alive: 5\r\nTE: trailers, gzip\r\nProxy-Connection: x\r\nCookie: a=1;"
         b" b=2\r\nX-Case: Kept\r\n\r\n"
@@ -211,8 +214,10 @@ async def test_host_becomes_authority_and_connection_fields_go() -> None:
         (b"GET / HTTP/1.0\r\n", b"127.0.0.1", b"/"),
     ],
 )
-async def test_whom_an_http1_request_is_for(start: bytes, authority: bytes, path: bytes) -> None:
-    request = await _heard2(start + b"\r\n")
+async def test_the_authority_of_an_http1_request(
+    start: bytes, authority: bytes, path: bytes
+) -> None:
+    request = await _received_by_http2(start + b"\r\n")
     assert (request.get(b":authority") or b"").startswith(authority)
     assert request.get(b":path") == path
     assert request.get(b"host") is None
@@ -220,7 +225,7 @@ async def test_whom_an_http1_request_is_for(start: bytes, authority: bytes, path
 
 async def test_an_offer_of_h2c_is_not_passed_on() -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
-    request = await _heard2(b"GET / HTTP/1.1\r\nHost: a\r\n" + offer + b"\r\n")
+    request = await _received_by_http2(b"GET / HTTP/1.1\r\nHost: a\r\n" + offer + b"\r\n")
     assert [name for name, _ in request.headers if not name.startswith(b":")] == []
 
 
@@ -232,7 +237,7 @@ async def test_a_body_of_http1_and_its_trailers_reach_http2(length: bool) -> Non
         if length
         else b"Transfer-Encoding: chunked\r\n\r\n" + chunks
     )
-    request = await _heard2(b"POST / HTTP/1.1\r\nHost: a\r\n" + framing)
+    request = await _received_by_http2(b"POST / HTTP/1.1\r\nHost: a\r\n" + framing)
     assert request.body == b"body"
     assert request.get(b"content-length") == (b"4" if length else None)
     assert request.get(b"transfer-encoding") is None
@@ -344,7 +349,7 @@ async def test_expect_100_is_answered_by_the_server() -> None:
         assert (await client.message(number)).body == b"now"
 
 
-async def test_requests_of_one_connection_go_to_different_endpoints_and_share_theirs_with_others() -> (
+async def test_requests_of_one_connection_go_to_different_endpoints_and_share_connections_with_others() -> (
     None
 ):
     def named(name: bytes) -> object:
@@ -373,3 +378,14 @@ async def test_an_echo_of_http1_through_http2_clients() -> None:
             await client.ask(fields((b"content-length", b"5"), base=POST), b"12345")
         ).body == b"12345"
         assert up.opened == 1
+
+
+async def test_a_target_over_the_limit_is_answered_with_414_and_other_streams_go_on() -> None:
+    limits = Limits(head=65536, target=1000, fields=100)
+    settings = Settings2(server=ServerSettings(limits=limits))
+    async with through2(answering2(), settings) as (client, proxy):
+        long = await client.ask([*GET[:3], (b":path", b"/" + b"x" * 1000)])
+        assert (long.status, long.reset) == (414, None)
+        assert proxy.ended[0].failure == "bad_request"
+        allowed = await client.ask([*GET[:3], (b":path", b"/" + b"x" * 999)])
+        assert allowed.status == 200

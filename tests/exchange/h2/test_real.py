@@ -1,4 +1,4 @@
-"""HTTP/2 programs that other people wrote, on either side of the proxy."""
+"""HTTP/2 programs of other projects, on either side of the proxy."""
 
 from __future__ import annotations
 
@@ -122,8 +122,7 @@ async def test_every_kind_of_grpc_call(grpc_server: Address) -> None:
 
 
 async def test_a_call_that_is_quiet_for_long_survives_our_pings(grpc_server: Address) -> None:
-    """gRPC servers end connections on which they are pinged more often than they like, counted from
-    their last DATA."""
+    """gRPC servers end connections that ping them too often since their last DATA."""
 
     def run(address: Address) -> None:
         with grpc.insecure_channel(str(address)) as channel:

@@ -1,6 +1,6 @@
 """One connection carries the requests of many clients, and no client can end it for the others: not
-by cancelling, not by heads or trailers that are too large, in either direction. What is not taken
-is answered for its own stream."""
+by cancelling, and not by heads or trailers that are too large, in either direction. What is refused
+is answered on its own stream."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ async def test_a_response_that_is_larger_than_the_client_takes_is_not_sent(
         assert proxy.ended[1].failure == "upstream_protocol"
 
 
-async def test_a_client_that_takes_no_head_at_all_has_its_stream_reset() -> None:
+async def test_a_client_that_accepts_no_head_has_its_stream_reset() -> None:
     async with shared(answering2(), down={h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 20}) as (
         client,
         _,
@@ -161,7 +161,7 @@ async def test_a_client_that_takes_no_head_at_all_has_its_stream_reset() -> None
 
 
 async def never(peer: Peer2, number: int, message: Answer) -> None:
-    """Answers nothing, but a request for /slow at its end."""
+    """Answers only a request for /slow, at its end."""
     if message.get(b":path") == b"/ok":
         peer.h2.send_headers(number, OK, end_stream=True)
         await peer.flush()
@@ -182,7 +182,7 @@ async def shared(
         yield await proxy.connect2(settings=down), proxy
 
 
-async def test_a_client_that_resets_too_fast_is_told_to_go_and_its_open_streams_end_well() -> None:
+async def test_a_client_that_resets_too_fast_gets_goaway_and_its_open_streams_end_well() -> None:
     release = trio.Event()
 
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
@@ -253,7 +253,7 @@ async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_i
         at_once = [at for at, _ in seen[1:] if at - began < 0.05]
         assert 15 <= len(at_once) <= 21
         assert all(at - began <= 1.1 for at, _ in seen[1:]), (
-            "no stream is held for longer than it may"
+            "no stream is held for longer than allowed"
         )
         assert len({number for _, number in seen}) == 41
         assert proxy.dialled == 1
@@ -303,7 +303,7 @@ async def test_a_goaway_with_an_error_lets_the_open_streams_end() -> None:
         assert (await client.message(slow)).body == b"slow"
 
 
-async def test_a_server_that_says_goaway_and_does_not_wait_for_its_streams_has_left() -> None:
+async def test_a_server_that_sends_goaway_and_closes_at_once_has_left() -> None:
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
         await peer.peer.send(
             frame(

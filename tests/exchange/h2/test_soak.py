@@ -1,4 +1,4 @@
-"""Much of everything at once, and attacks: afterwards nothing is left, and memory is what it
+"""Many mixed requests at once, and attacks: afterwards nothing is left, and memory is what it
 was."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ async def test_mixed_requests_cancelled_at_any_moment_leave_nothing_behind() -> 
         await until(lambda: (descriptors(), current_statistics().tasks_living) <= before)
 
 
-async def test_a_rapid_reset_ends_the_attacker_s_connection_and_nobody_else_s() -> None:
+async def test_a_rapid_reset_ends_only_the_attacker_s_connection() -> None:
     async with through2(answering2()) as (other, proxy):
         await other.ask()
         resource.getrusage(resource.RUSAGE_SELF)
@@ -93,7 +93,7 @@ async def test_a_rapid_reset_ends_the_attacker_s_connection_and_nobody_else_s() 
         await until(lambda: proxy.acceptor.open == 1)
 
 
-async def test_more_streams_than_allowed_are_refused_and_the_others_go_on() -> None:
+async def test_more_streams_than_allowed_are_refused_and_the_others_continue() -> None:
     async with through2(answering2(), Settings2()) as (client, proxy):
         client.h2.remote_settings.max_concurrent_streams = 10_000
         numbers = []

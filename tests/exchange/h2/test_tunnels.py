@@ -1,5 +1,5 @@
-"""Tunnels within streams: CONNECT (RFC 9113 §8.5) and extended CONNECT (RFC 8441), with each
-direction ending for itself."""
+"""Tunnels within streams: CONNECT (RFC 9113 §8.5) and extended CONNECT (RFC 8441). Each direction
+ends by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONNECT: list[Pair] = [(b":method", b"CONNECT"), (b":authority", b"far:443")]
 
 
 async def _accepts(peer: Peer2, number: int, message: Answer) -> None:
-    """Say hello, wait for the end of the client's direction, say how much came, end."""
+    """Send hello, wait for the end of the client's direction, send how much arrived, end."""
     peer.h2.send_headers(number, OK)
     await peer.send(number, b"hello")
     while number not in peer.ended:
@@ -35,10 +35,10 @@ async def _accepts(peer: Peer2, number: int, message: Answer) -> None:
 
 @pytest.mark.parametrize("head", [CONNECT, WEBSOCKET], ids=["plain", "extended"])
 async def test_a_tunnel_carries_both_directions_and_each_end_by_itself(head: list[Pair]) -> None:
-    heard: list[Answer] = []
+    received: list[Answer] = []
 
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
-        heard.append(message)
+        received.append(message)
         await _accepts(peer, number, message)
 
     async with through2(answering2(respond, early=True), server=EXTENDED) as (client, proxy):
@@ -51,14 +51,14 @@ async def test_a_tunnel_carries_both_directions_and_each_end_by_itself(head: lis
         assert (answer.status, answer.body, answer.reset) == (200, b"hello30000", None)
         await proxy.idle()
         assert proxy.ended[0].failure is None
-    assert {pair for pair in heard[0].headers if pair[0].startswith(b":")} == set(head)
+    assert {pair for pair in received[0].headers if pair[0].startswith(b":")} == set(head)
 
 
 async def test_a_server_that_does_not_know_extended_connect_is_not_asked() -> None:
     told: list[int] = []
 
     async def script(peer: Peer2) -> None:
-        told.extend(peer.told)
+        told.extend(peer.opened_by_peer)
         await answering2()(peer)
 
     async with origin(only2(script)) as up, hop2(up.address) as proxy:
@@ -72,7 +72,7 @@ async def test_a_server_that_does_not_know_extended_connect_is_not_asked() -> No
         assert told == []
         assert (await client.ask()).body == b"ok"
         assert proxy.ended[0].failure == "upgrade_failed"
-        assert proxy.dialled == 2, "it might have taken it by HTTP/1.1"
+        assert proxy.dialled == 2, "it might have accepted it by HTTP/1.1"
 
 
 async def test_connect_of_http2_to_http1_and_back() -> None:

@@ -1,4 +1,4 @@
-"""TLSStream: ends and losses that cannot be mistaken for one another, and closing."""
+"""TLSStream: ends and losses that differ from each other clearly, and closing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proxy.net.tls.handshake import tls_server
 from tests.net.conftest import Mesh, pair, read_all, send_until_it_fails
 
 
-async def test_the_last_words_of_a_peer_can_be_read_after_a_send_has_failed(mesh: Mesh) -> None:
+async def test_the_last_data_of_a_peer_can_be_read_after_a_send_has_failed(mesh: Mesh) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"413 enough")
     await server.aclose()
@@ -46,7 +46,7 @@ async def test_each_direction_ends_by_itself(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("unread", [b"", b"ers"])
-async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(
+async def test_a_reset_is_reported_as_one_whichever_call_sees_it_first(
     mesh: Mesh, unread: bytes
 ) -> None:
     client, server = await mesh.connect()
@@ -63,7 +63,7 @@ async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(
     client.close()
 
 
-async def test_last_words_can_be_read_when_a_read_has_taken_the_sockets_error_from_a_send(
+async def test_last_data_can_be_read_when_a_read_has_taken_the_sockets_error_from_a_send(
     mesh: Mesh,
 ) -> None:
     client, server = await mesh.connect()
@@ -74,7 +74,7 @@ async def test_last_words_can_be_read_when_a_read_has_taken_the_sockets_error_fr
     await wait_all_tasks_blocked(0.01)
     assert (
         client.receive_nowait(1000) == b"enough"
-    )  # AWS-LC asks the socket for its error before it reads
+    )  # AWS-LC reads the socket's error before it reads
     server.close()
     client.send_nowait(b"more")
     await wait_all_tasks_blocked(0.01)
@@ -131,7 +131,7 @@ async def test_full_records_are_read_together_within_the_bound(mesh: Mesh) -> No
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(
+async def test_an_error_after_a_full_record_is_raised_by_the_next_call(
     mesh: Mesh, prompt: bool
 ) -> None:
     client, server = await mesh.connect()
@@ -147,9 +147,7 @@ async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(
 
 
 @pytest.mark.parametrize("sound", [False, True])
-async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(
-    mesh: Mesh, sound: bool
-) -> None:
+async def test_a_lost_connection_has_the_same_message_in_each_call(mesh: Mesh, sound: bool) -> None:
     client, server = await mesh.connect()
     server.reset()
     await trio.lowlevel.wait_readable(client.socket)
@@ -164,14 +162,13 @@ async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(
 
 
 @pytest.mark.parametrize("sound", [False, True])
-async def test_the_last_words_of_a_peer_that_takes_no_more_can_be_read(
+async def test_the_last_data_of_a_peer_that_no_longer_reads_can_be_read(
     mesh: Mesh, sound: bool
 ) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"enough")
     server.close()
-    # The kernels of both ends are this one: the answer to the first record is here before the
-    # second.
+    # Both ends have the same kernel: the response to the first record is here before the second.
     with pytest.raises(ConnectionLost):
         client.send_nowait(bytes(20_000), sound=sound)
     assert client.receive_nowait() == b"enough"
@@ -182,7 +179,7 @@ async def test_the_last_words_of_a_peer_that_takes_no_more_can_be_read(
     ("size", "sound", "asked"),
     [(1000, False, 1), (1000, True, 0), (20_000, False, 2), (20_000, True, 1)],
 )
-async def test_the_socket_is_asked_before_each_record_but_a_first_one_that_need_not(
+async def test_the_socket_is_polled_before_each_record_except_the_first_if_not_needed(
     mesh: Mesh, size: int, sound: bool, asked: int
 ) -> None:
     client, server = await mesh.connect()
@@ -200,7 +197,7 @@ async def test_the_socket_is_asked_before_each_record_but_a_first_one_that_need_
 
 
 @pytest.mark.parametrize("polite", [False, True])
-async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(
+async def test_an_end_after_a_full_record_is_returned_by_the_next_call(
     mesh: Mesh, polite: bool
 ) -> None:
     client, server = await mesh.connect()
@@ -219,7 +216,7 @@ async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(
     server.close()
 
 
-async def test_aclose_says_goodbye_and_does_not_wait_for_the_answer(
+async def test_aclose_sends_close_notify_and_does_not_wait_for_the_response(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tls_stream, "_CLOSE_TIMEOUT", 60)
@@ -232,7 +229,7 @@ async def test_aclose_says_goodbye_and_does_not_wait_for_the_answer(
     client.close()
 
 
-async def test_aclose_in_a_cancelled_task_still_says_goodbye(mesh: Mesh) -> None:
+async def test_aclose_in_a_cancelled_task_still_sends_close_notify(mesh: Mesh) -> None:
     client, server = await mesh.connect()
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -253,12 +250,12 @@ async def test_aclose_with_unread_tickets_does_not_reset(mesh: Mesh) -> None:
     server.close()
 
 
-async def test_aclose_gives_up_on_a_peer_that_takes_nothing(
+async def test_aclose_gives_up_on_a_peer_that_does_not_read(
     mesh: Mesh, autojump_clock: trio.abc.Clock
 ) -> None:
     client, server = await mesh.connect(pair(buffers=8192))
     sender_done = trio.Event()
-    while True:  # fill with whole records until not even the first byte of another is taken
+    while True:  # fill with whole records until not even the first byte of another is accepted
         try:
             client._connection.send(b"x" * 1000)
         except SSL.WantWriteError:
@@ -272,7 +269,7 @@ async def test_aclose_gives_up_on_a_peer_that_takes_nothing(
     server.close()
 
 
-async def test_a_send_cancelled_in_a_record_tears_the_stream_and_the_peer_hears_no_goodbye(
+async def test_a_send_cancelled_in_a_record_breaks_the_stream_and_the_peer_gets_no_close_notify(
     mesh: Mesh,
 ) -> None:
     client, server = await mesh.connect(pair(buffers=8192))

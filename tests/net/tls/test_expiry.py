@@ -20,7 +20,7 @@ GRACE = 10.0
 
 
 class Watched:
-    """Expiries whose clock stands until it is set, and what they have reported."""
+    """Expiries with a clock that the test sets, and their reports."""
 
     def __init__(self, now: float) -> None:
         self.now = now
@@ -39,7 +39,9 @@ def end_of(stream: TLSStream) -> float:
     return stream.info.peer_not_after
 
 
-async def test_a_connection_is_retired_once_at_the_end_and_cut_behind_the_grace(mesh: Mesh) -> None:
+async def test_a_connection_is_retired_once_at_the_expiry_and_ended_after_the_grace_period(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect()
     end, retired = end_of(server), []
     watched = Watched(end - 1000)
@@ -113,7 +115,7 @@ async def test_one_that_has_ended_by_itself_is_forgotten(mesh: Mesh) -> None:
         watched.all.watch(server)
         client.close()
         server.close()
-    assert watched.at(end_of(server) + GRACE) == [], "what is closed is not cut"
+    assert watched.at(end_of(server) + GRACE) == [], "a closed one is not ended again"
     del client, server
     gc.collect()
     watched.all.look()
@@ -121,13 +123,13 @@ async def test_one_that_has_ended_by_itself_is_forgotten(mesh: Mesh) -> None:
     assert watched.all._minutes == {}
 
 
-async def test_a_root_that_is_removed_ends_what_it_vouched_for(mesh: Mesh) -> None:
+async def test_a_removed_root_ends_the_connections_that_depend_on_it(mesh: Mesh) -> None:
     client, server = await mesh.connect()
     root, other = mesh.authority.root.certificate, Authority("another").root.certificate
     watched = Watched(end_of(server) - 1000)
     watched.all.watch(server)
     watched.all.untrust((root, other))
-    assert watched.at(watched.now + GRACE + 1) == [], "it is trusted still"
+    assert watched.at(watched.now + GRACE + 1) == [], "it is still trusted"
     watched.all.untrust((other,))
     assert watched.at(watched.now) == []
     assert watched.at(watched.now + GRACE) == ["cut"]
@@ -160,7 +162,7 @@ async def test_a_resumed_session_ends_no_later_than_the_certificate_that_it_was_
     watched.all.watch(server)
     watched.all.untrust((mesh.authority.root.certificate,))
     assert watched.at(watched.now + GRACE) == ([] if known else ["cut"]), (
-        "what is not known is not trusted"
+        "an unknown one is not trusted"
     )
     client.close()
     server.close()

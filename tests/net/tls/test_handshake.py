@@ -1,4 +1,4 @@
-"""TLSStream: what was agreed, and data both ways."""
+"""TLSStream: what was negotiated, and data both ways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kit.certs import spiffe
 from tests.kit.library import send_tickets
 from tests.net.conftest import OFFER, Mesh, both, name_of, pair, read_all
 
-# What is agreed
+# Negotiation
 
 
 async def test_both_ends_agree_on_post_quantum_tls_13_and_know_each_other(mesh: Mesh) -> None:
@@ -143,7 +143,7 @@ async def test_large_transfers_both_ways_at_once_do_not_lock_each_other(mesh: Me
     server.close()
 
 
-async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket(
+async def test_data_in_openssl_s_buffer_is_read_without_waiting_for_the_socket(
     mesh: Mesh,
 ) -> None:
     client, server = await mesh.connect()
@@ -156,7 +156,7 @@ async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket
     server.close()
 
 
-async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells_of_it(
+async def test_what_follows_a_record_stays_in_the_socket_which_is_readable(
     mesh: Mesh,
 ) -> None:
     client, server = await mesh.connect()
@@ -175,15 +175,15 @@ async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells
     server.close()
 
 
-async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it(
+async def test_peeking_at_a_connection_takes_nothing_from_its_reader(
     mesh: Mesh,
 ) -> None:
-    """The look comes when the record is in the socket and its reader has not been woken yet."""
+    """The check comes when the record is in the socket and its reader has not been woken yet."""
     client, server = await mesh.connect()
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def read() -> None:
-        heard.append(await server.receive_some())
+        received.append(await server.receive_some())
 
     for look, nothing in ((server.is_idle, False), (server.ended, "open")):
         with trio.fail_after(30):
@@ -192,7 +192,7 @@ async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it
                 await wait_all_tasks_blocked(0.01)
                 await client.send_all(b"x")
                 assert look() == nothing
-    assert heard == [b"x", b"x"]
+    assert received == [b"x", b"x"]
     client.close()
     server.close()
 
@@ -221,7 +221,7 @@ async def test_a_connection_whose_end_came_with_the_last_data_is_not_idle(mesh: 
     await server.send_eof()
     assert (
         len(await client.receive_some(65536)) == 16384
-    )  # a whole record: what is behind it is read with it
+    )  # a whole record: what follows it is read with it
     assert client.end_met
     assert not client.is_idle()
     client.close()

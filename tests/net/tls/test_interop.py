@@ -54,7 +54,7 @@ def converse(
 
 
 @pytest.mark.parametrize("ours", ["client", "server"])
-async def test_the_standard_library_understands_us(
+async def test_the_standard_library_interoperates(
     mesh: Mesh, files: dict[str, tuple[Path, Path]], ours: str
 ) -> None:
     near, far = sockets()
@@ -108,8 +108,8 @@ async def accepted(listener: socket.socket) -> SocketStream:
 async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_busy(
     mesh: Mesh, files: dict[str, tuple[Path, Path]]
 ) -> None:
-    """`K` makes openssl s_client update its keys and ask for ours: the answer must be written by
-    our reader."""
+    """`K` makes openssl s_client update its keys and request an update of ours. Our reader must
+    write the response."""
     with listen(buffers=8192) as listener:
         command = s_client(listener, files)
         async with trio.open_nursery() as nursery:
@@ -134,7 +134,7 @@ async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_bu
                 )
                 nursery.start_soon(
                     tls.send_all, b"y" * 2_000_000
-                )  # blocks: nobody reads s_client's output yet
+                )  # blocks: s_client's output is not read yet
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 received = bytearray()
                 for number in range(5):

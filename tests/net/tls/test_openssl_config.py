@@ -1,5 +1,5 @@
-"""What OpenSSL is told before it begins, seen in what it sends. It reads that once, so each look is
-a process of its own."""
+"""What OpenSSL is configured with before it starts, shown by what it sends. It reads the
+configuration once, so each check is its own process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from proxy.net.tls.openssl_config import CONFIGURATION, configure
 from tests.kit.certs import Authority, spiffe
 from tests.kit.library import AWS_LC
 
-told = pytest.mark.skipif(AWS_LC, reason="AWS-LC reads no configuration")
+openssl_only = pytest.mark.skipif(AWS_LC, reason="AWS-LC reads no configuration")
 
-# Handshakes in memory, between a client of ours and a server; says how many key shares there were,
-# which group it was, and how many records the server has sent behind its handshake.
+# Handshakes in memory, between a client of the proxy and a server; prints how many key shares there
+# were, the group, and how many records the server has sent after its handshake.
 _LOOK = """
 import sys
 from OpenSSL import SSL
@@ -99,19 +99,19 @@ def ours(given: dict[str, str] | None = None) -> dict[str, str]:
     return environment
 
 
-@told
+@openssl_only
 def test_a_client_makes_one_key_share_and_a_server_one_ticket(server: Path) -> None:
     assert look(server, **ours()) == ["1", "X25519MLKEM768", "1"]
 
 
-@told
+@openssl_only
 def test_openssl_by_itself_would_make_two_of_each(server: Path) -> None:
-    """Otherwise there would be nothing to tell it."""
+    """Otherwise the configuration would be unnecessary."""
     assert look(server) == ["2", "X25519MLKEM768", "2"]
 
 
-@told
-def test_a_peer_that_does_not_know_the_hybrid_asks_for_what_it_knows(server: Path) -> None:
+@openssl_only
+def test_a_peer_without_the_hybrid_group_gets_one_that_it_supports(server: Path) -> None:
     assert look(server, "old", **ours()) == ["1", "secp256r1", "1"]
 
 

@@ -1,5 +1,5 @@
-"""Handshakes that come to nothing: who is refused and in which words, what is not TLS, and what
-does not come to an end."""
+"""Handshakes that fail: which peers are refused and with which messages, what is not TLS, and what
+does not end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.net.conftest import (
     send_until_it_fails,
 )
 
-# Who is refused
+# Refused peers
 
 
 def _expired(mesh: Mesh) -> Credential:
@@ -58,7 +58,7 @@ def _forgeable(mesh: Mesh) -> Credential:
 def refuses(
     judge: TLSStream | Exception, judged: TLSStream | Exception, words: str, alert: str
 ) -> None:
-    """One side says why in `words`, the other one was told by an `alert`."""
+    """One side reports `words`, the other one got an `alert`."""
     assert isinstance(judge, TLSFailed)
     assert judge.kind == "certificate"
     assert re.search(words, str(judge))
@@ -81,7 +81,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("make", "words", "alert"), REFUSALS)
-async def test_a_server_with_a_wrong_certificate_is_refused_in_words(
+async def test_a_server_with_a_wrong_certificate_is_refused_with_a_message(
     mesh: Mesh, make: Callable[[Mesh], Credential], words: str, alert: str
 ) -> None:
     client, server = await attempt(mesh, server=mesh.accepting(make(mesh)))
@@ -89,14 +89,14 @@ async def test_a_server_with_a_wrong_certificate_is_refused_in_words(
 
 
 @pytest.mark.parametrize(("make", "words", "alert"), REFUSALS)
-async def test_a_client_with_a_wrong_certificate_is_refused_in_words_and_told_why(
+async def test_a_client_with_a_wrong_certificate_is_refused_with_a_message_and_gets_an_alert(
     mesh: Mesh, make: Callable[[Mesh], Credential], words: str, alert: str
 ) -> None:
     client, server = await attempt(mesh, client=mesh.dialling(make(mesh)))
     refuses(server, client, words, alert)
 
 
-async def test_a_client_without_a_certificate_is_refused_and_told_why(mesh: Mesh) -> None:
+async def test_a_client_without_a_certificate_is_refused_and_gets_an_alert(mesh: Mesh) -> None:
     client, server = await attempt(mesh, client=mesh.dialling(None))
     assert isinstance(server, TLSFailed)
     assert server.kind == "certificate"
@@ -105,7 +105,7 @@ async def test_a_client_without_a_certificate_is_refused_and_told_why(mesh: Mesh
     assert (client.kind, "certificate required" in str(client)) == ("alert", True)
 
 
-async def test_a_client_that_only_sends_hears_of_its_refusal_too(mesh: Mesh) -> None:
+async def test_a_client_that_only_sends_gets_its_refusal_too(mesh: Mesh) -> None:
     dialled, accepted = pair()
     results: list[object] = []
 
@@ -123,7 +123,7 @@ async def test_a_client_that_only_sends_hears_of_its_refusal_too(mesh: Mesh) -> 
 
 
 @pytest.mark.parametrize("refusing", ["client", "server"])
-async def test_a_refusal_by_the_caller_is_told_the_peer_and_closes_with_no_byte_given_or_taken(
+async def test_a_refusal_by_the_caller_sends_an_alert_and_closes_before_any_byte(
     mesh: Mesh, refusing: str
 ) -> None:
     def refuse(_: Chain) -> None:
@@ -154,11 +154,11 @@ async def test_a_refusal_by_the_caller_is_told_the_peer_and_closes_with_no_byte_
         with pytest.raises(TLSFailed, match="certificate unknown") as caught:
             await read_all(other)
         other.close()
-        told: object = caught.value
+        error: object = caught.value
     else:  # the refusal came before its handshake was done
-        told = other
-    assert isinstance(told, TLSFailed)
-    assert (told.kind, "certificate unknown" in str(told)) == ("alert", True)
+        error = other
+    assert isinstance(error, TLSFailed)
+    assert (error.kind, "certificate unknown" in str(error)) == ("alert", True)
 
 
 async def test_a_session_does_not_save_anyone_from_the_callers_verification(mesh: Mesh) -> None:
@@ -204,7 +204,7 @@ async def test_a_session_does_not_save_anyone_from_the_callers_verification(mesh
         (b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00" + bytes(100), "TLS"),
     ],
 )
-async def test_what_is_not_tls_is_called_by_its_name(mesh: Mesh, sent: bytes, words: str) -> None:
+async def test_a_peer_without_tls_is_reported_as_such(mesh: Mesh, sent: bytes, words: str) -> None:
     dialled, accepted = pair()
     await dialled.send_all(sent)
     with pytest.raises(TLSFailed, match=words) as caught:
@@ -235,7 +235,7 @@ async def test_no_common_inner_protocol_is_said_on_both_sides(mesh: Mesh) -> Non
         ),
         partial(tls_server, accepted, mesh.server_context, verify=None, timeout=20),
     )
-    # pyOpenSSL's NO_OVERLAPPING_PROTOCOLS lets the handshake go on without one; a context may
+    # pyOpenSSL's NO_OVERLAPPING_PROTOCOLS lets the handshake continue without one; a context may
     # refuse instead.
     for end in (client, server):
         assert isinstance(end, TLSStream)
@@ -243,7 +243,7 @@ async def test_no_common_inner_protocol_is_said_on_both_sides(mesh: Mesh) -> Non
         end.close()
 
 
-async def test_what_a_callback_of_the_context_raises_is_said_in_its_own_words(mesh: Mesh) -> None:
+async def test_an_error_in_a_callback_of_the_context_keeps_its_message(mesh: Mesh) -> None:
     """Such as the choice of the inner protocol, which may refuse."""
 
     def select(_: SSL.Connection, offered: list[bytes]) -> bytes:
@@ -277,7 +277,7 @@ def test_whatever_bytes_come_a_handshake_fails_as_a_net_error_only(
     trio.run(run)
 
 
-async def test_an_older_version_is_refused_in_words(mesh: Mesh) -> None:
+async def test_an_older_version_is_refused_with_a_message(mesh: Mesh) -> None:
     old = SSL.Context(SSL.TLS_CLIENT_METHOD)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
     client, server = await attempt(mesh, client=old)
@@ -287,7 +287,7 @@ async def test_an_older_version_is_refused_in_words(mesh: Mesh) -> None:
     assert (client.kind, "protocol version" in str(client)) == ("alert", True)
 
 
-# Handshakes that do not come to an end
+# Handshakes that do not end
 
 
 async def test_a_handshake_has_a_deadline(mesh: Mesh) -> None:

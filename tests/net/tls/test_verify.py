@@ -1,5 +1,5 @@
-"""What a verdict is by itself: keys and signatures as the openssl command makes them, chains that
-are remembered, and faults of our own."""
+"""The verdict alone: keys and signatures as the openssl command makes them, chains that are cached,
+and internal errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="need
 
 
 def certificate(folder: Path, kind: list[str], digest: str) -> x509.Certificate:
-    """Self-signed, with a key that `openssl genpkey` makes of these words."""
+    """Self-signed, with a key that `openssl genpkey` makes with these arguments."""
     key, made = folder / "key.pem", folder / "made.pem"
     subprocess.run(["openssl", "genpkey", *kind, "-out", key], check=True, capture_output=True)
     hashed = [f"-{digest}"] if digest else []
@@ -51,7 +51,7 @@ STRONG = {
 
 @needs_openssl
 @pytest.mark.parametrize("kind", STRONG)
-def test_what_is_strong_enough_passes(kind: str, tmp_path: Path) -> None:
+def test_strong_keys_and_signatures_pass(kind: str, tmp_path: Path) -> None:
     assert (
         strength_flaw(certificate(tmp_path, STRONG[kind], "" if kind == "Ed25519" else "sha256"))
         is None
@@ -78,7 +78,7 @@ def test_a_signature_with_sha_1_is_weak(kind: list[str], tmp_path: Path) -> None
     assert strength_flaw(made, anchor=True) is None, "the signature of a trust root proves nothing"
 
 
-def test_what_cannot_be_read_is_a_flaw_and_no_error(mesh: Mesh) -> None:
+def test_an_unreadable_key_is_a_flaw_and_not_an_error(mesh: Mesh) -> None:
     der = mesh.server.certificate.public_bytes(Encoding.DER)
     broken = x509.load_der_x509_certificate(
         der.replace(b"\x06\x03\x55\x1d\x0f\x01\x01\xff", b"\x06\x03\x55\x1d\x13\x01\x01\xff")

@@ -1,11 +1,12 @@
 """Readers and writers of bodies. Each case is read whole, byte by byte, and with the next message
-right behind it; none of these may change what is read. What h11 and we both accept we read alike.
-The intended differences:
+directly after it; the result must be the same. Bodies that both h11 and we accept have the same
+result. The intended differences:
 
-stricter    a bare CR or LF anywhere, control characters in extensions and trailers, folded trailers, more than 16 digits of a size,
-            chunk-size lines over 1024 bytes, the trailer section's limits
-looser      blanks between a size and its extensions (RFC 9112 §7.1.1 says that they must be taken)
-dropped     trailers that frame, route or authenticate (h11 hands them on)
+stricter    a bare CR or LF anywhere, control characters in extensions and trailers, folded
+            trailers, more than 16 digits of a size, chunk-size lines over 1024 bytes, the trailer
+            section's limits
+looser      blanks between a size and its extensions (RFC 9112 §7.1.1 requires to accept them)
+dropped     trailers that frame, route or authenticate (h11 returns them)
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def test_bad_chunks_are_refused_as_soon_as_it_is_certain(data: bytes, refused_at
     assert refused[0] == len(refused_at)
 
 
-def test_what_a_chunk_holds_goes_on_before_the_chunk_is_complete() -> None:
+def test_the_data_of_a_chunk_is_forwarded_before_the_chunk_is_complete() -> None:
     reader = chunked()
     assert reader.read(b"ffffffffffffffff\r\nab", 0) == (b"ab", 20)
     assert reader.read(b"c", 0) == (b"c", 1)
@@ -432,6 +433,17 @@ def test_a_counted_body_is_written_to_the_byte() -> None:
 
 def test_nothing_written_is_not_the_end_of_chunks() -> None:
     assert ChunkedWriter().data(b"") == b""
+
+
+def test_a_body_until_the_end_of_the_connection_is_written_as_it_is() -> None:
+    w = CloseWriter()
+    assert w.data(b"hello") + w.end(Headers()) == b"hello"
+
+
+def test_the_last_chunk_has_the_trailers() -> None:
+    w = ChunkedWriter()
+    assert w.data(b"hello") + w.end(Headers()) == b"5\r\nhello\r\n0\r\n\r\n"
+    assert w.end(Headers([(b"A", b"b"), (b"C", b"d")])) == b"0\r\nA: b\r\nC: d\r\n\r\n"
 
 
 NAME = st.text("abcXYZ09-_.", min_size=1, max_size=8).map(lambda t: b"X-" + t.encode())

@@ -1,6 +1,6 @@
-"""One HTTP/1 connection in either role. The events of a stream do not depend on how it is cut;
-whatever bytes come, there are events or a ProtocolError and nothing else; and what we write h11
-reads as the same messages."""
+"""One HTTP/1 connection in either role. The events of a stream do not depend on how it is cut. Any
+bytes give events or a ProtocolError and nothing else. h11 reads what we write as the same
+messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.wire.h1.body import Framing, Length, WriteError
+from proxy.wire.h1.body import ChunkedReader, Framing, Length, WriteError
 from proxy.wire.h1.connection import At, Http1Connection, Role
 from proxy.wire.messages import (
     END,
@@ -26,6 +26,7 @@ from proxy.wire.messages import (
     Signal,
 )
 from tests.kit.chunkings import byte_by_byte, cut, every_way, halves
+from tests.kit.drawn import Choices, drawn
 from tests.wire.corpus import REQUESTS, RESPONSES, head, spoil
 
 LIMITS = Limits(head=2048, target=256, fields=24)
@@ -45,7 +46,7 @@ def client(method: bytes = b"GET") -> Http1Connection:
 
 
 def step(connection: Http1Connection, role: Role) -> Event | Signal:
-    """One event; a cycle ends by an answer of no length."""
+    """One event; a cycle ends with a response without a body."""
     if connection.reading is At.HEAD:
         return connection.next_request() if role is Role.SERVER else connection.next_response()
     return connection.next_body()
@@ -62,8 +63,7 @@ def answer(connection: Http1Connection) -> bool:
 
 
 def events(role: Role, pieces: list[bytes], method: bytes = b"GET") -> list[Event]:
-    """Everything that is read from the pieces and the end behind them; adjacent pieces of a body
-    are one."""
+    """All events of the pieces and the end after them; adjacent pieces of a body are joined."""
     connection = server() if role is Role.SERVER else client(method)
     found: list[Event] = []
     for piece in [*pieces, b""]:
@@ -78,7 +78,7 @@ def events(role: Role, pieces: list[bytes], method: bytes = b"GET") -> list[Even
             except ProtocolError as error:
                 return [*merged(found), f"refused with {error.status}"]
             if event is Signal.NEED_DATA:
-                assert piece, "asks for more behind the end"
+                assert piece, "needs more data after the end"
                 break
             if event is Signal.CLOSED:
                 return [*merged(found), "closed"]
@@ -146,7 +146,7 @@ def test_requests_that_came_before_the_end_of_the_connection_are_all_read() -> N
     (["GET / HTTP/1.0", "Connection: Keep-Alive"], True),
     (["GET / HTTP/1.0", "Connection: keep-alive, close"], False),
 ])  # fmt: skip
-def test_a_request_says_whether_the_connection_goes_on(lines: list[str], goes_on: bool) -> None:
+def test_a_request_tells_whether_the_connection_persists(lines: list[str], goes_on: bool) -> None:
     connection = server()
     connection.receive_data(head(*lines))
     request = connection.next_request()
@@ -180,7 +180,7 @@ def test_an_early_answer_does_not_end_the_request() -> None:
     assert connection.reusable
 
 
-def test_how_long_the_body_is_can_be_asked() -> None:
+def test_the_length_of_the_body_is_available() -> None:
     for lines, length in (
         (["Content-Length: 5"], 5),
         (["Transfer-Encoding: chunked"], Framing.CHUNKED),
@@ -259,7 +259,7 @@ def test_empty_lines_before_a_request_are_skipped_up_to_a_few() -> None:
     (head("POST / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked") + b"5\r\nhello\r\n",
      [req(b"POST", b"/", (b"Transfer-Encoding", b"chunked")), b"hello", "refused with 400"]),
 ])  # fmt: skip
-def test_the_end_of_the_connection_is_told_from_a_request_cut_off(
+def test_a_clean_end_of_the_connection_differs_from_a_truncated_request(
     data: bytes, expected: list[Event]
 ) -> None:
     assert every_way(data, lambda pieces: events(Role.SERVER, pieces)) == expected
@@ -326,7 +326,7 @@ def test_a_response_is_read_however_it_comes(
     (head("HTTP/1.1 304 Not Modified", "Transfer-Encoding: chunked") + b"0\r\n\r\n", False),
     (head("HTTP/1.1 200 OK", "Transfer-Encoding: chunked") + b"0\r\n\r\n\r\n", False),
 ])  # fmt: skip
-def test_a_server_that_sent_more_than_its_answer_is_not_asked_again(
+def test_a_server_that_sent_more_than_its_response_is_not_used_again(
     data: bytes, again: bool
 ) -> None:
     connection = client()
@@ -396,37 +396,36 @@ class Message:
     end: EndOfMessage
 
 
-NAMES = st.sampled_from([b"X-A", b"accept", b"Digest", b"etag", b"X_b"])
-VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=8).map(
-    lambda t: t.strip().encode()
-)
-FIELDS = st.lists(st.tuples(NAMES, VALUES), max_size=3)
-BODIES = st.lists(st.binary(min_size=1, max_size=30), max_size=3)
+NAMES = [b"X-A", b"accept", b"Digest", b"etag", b"X_b"]
+TEXT = bytes(range(0x20, 0x7F))
 
 
-@st.composite
-def messages(draw: st.DrawFn, role: Role) -> Message:
+def field(choices: Choices) -> Field:
+    value = bytes(choices.of(TEXT) for _ in range(choices.below(9)))
+    return choices.of(NAMES), value.strip()
+
+
+def message(choices: Choices, role: Role) -> Message:
     """A valid request, or a valid response to a GET."""
-    pieces, fields, trailers = draw(BODIES), draw(FIELDS), draw(FIELDS)
-    in_chunks, size = draw(st.booleans()), len(b"".join(pieces))
+    pieces = choices.some(3, lambda: choices.raw(1) + choices.binary(29))
+    fields = choices.some(3, lambda: field(choices))
+    trailers = choices.some(3, lambda: field(choices))
+    in_chunks, size = choices.below(2) == 1, len(b"".join(pieces))
     length: Length = Framing.CHUNKED if in_chunks else size
     framing = TE if in_chunks else (b"Content-Length", b"%d" % size)
     end = EndOfMessage(Headers(trailers)) if in_chunks and trailers else END
     headers = Headers([framing, *fields])
+    first: RequestHead | ResponseHead
     if role is Role.SERVER:
-        headers.items.insert(draw(st.sampled_from([0, 1])), (b"Host", b"a"))
-        return Message(
-            RequestHead(draw(st.sampled_from([b"GET", b"POST", b"X"])), b"/x?y", headers),
-            length,
-            pieces,
-            end,
-        )
-    return Message(
-        ResponseHead(draw(st.sampled_from([200, 404, 599])), headers, b"Some Reason"),
-        length,
-        pieces,
-        end,
-    )
+        headers.items.insert(choices.below(2), (b"Host", b"a"))
+        first = RequestHead(choices.of([b"GET", b"POST", b"X"]), b"/x?y", headers)
+    else:
+        first = ResponseHead(choices.of([200, 404, 599]), headers, b"Some Reason")
+    return Message(first, length, pieces, end)
+
+
+def requests(choices: Choices) -> list[Message]:
+    return [message(choices, Role.SERVER) for _ in range(1 + choices.below(4))]
 
 
 def sent(message: Message) -> bytes:
@@ -448,10 +447,7 @@ def sent(message: Message) -> bytes:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(messages(Role.SERVER), min_size=1, max_size=4),
-    st.lists(st.integers(0, 1000), max_size=8),
-)
+@given(drawn(300, requests), st.lists(st.integers(0, 1000), max_size=8))
 def test_any_row_of_requests_is_read_as_it_was_written(
     row: list[Message], places: list[int]
 ) -> None:
@@ -464,7 +460,10 @@ def test_any_row_of_requests_is_read_as_it_was_written(
 
 
 @settings(max_examples=200, deadline=None)
-@given(messages(Role.CLIENT), st.lists(st.integers(0, 1000), max_size=8))
+@given(
+    drawn(100, lambda choices: message(choices, Role.CLIENT)),
+    st.lists(st.integers(0, 1000), max_size=8),
+)
 def test_any_response_is_read_as_it_was_written(m: Message, places: list[int]) -> None:
     expected = [m.head, *([b"".join(m.pieces)] if m.pieces else []), m.end, "done"]
     assert events(Role.CLIENT, cut(sent(m), places)) == expected
@@ -472,7 +471,7 @@ def test_any_response_is_read_as_it_was_written(m: Message, places: list[int]) -
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.one_of(messages(Role.SERVER), messages(Role.CLIENT)))
+@given(drawn(100, lambda choices: message(choices, choices.of(list(Role)))))
 def test_h11_reads_what_we_write(m: Message) -> None:
     is_request = isinstance(m.head, RequestHead)
     connection = h11.Connection(h11.SERVER if is_request else h11.CLIENT)
@@ -565,3 +564,27 @@ def test_what_is_held_stays_bounded_while_a_body_goes_by() -> None:
         while connection.next_body() is not Signal.NEED_DATA:
             pass
         assert connection.buffered <= 2
+
+
+def test_an_exchange_goes_on_where_another_driver_has_left_it() -> None:
+    connection = server()
+    connection.take_over(b"POST", (At.BODY, 3), (At.BODY, 2))
+    connection.receive_data_if(b"")  # no end of the connection
+    assert connection.next_body() is Signal.NEED_DATA
+    connection.receive_data_if(b"llo")
+    assert [connection.next_body(), connection.next_body(), connection.next_body()] == [
+        b"llo",
+        END,
+        END,
+    ]
+    assert connection.send_data(b"OK") + connection.send_end(END) == b"OK"
+    assert connection.reusable
+
+
+def test_a_chunked_body_goes_on_in_the_middle_of_a_chunk() -> None:
+    reader = ChunkedReader(100, 4)
+    assert reader.read(b"5\r\nhe", 0) == (b"he", 5)
+    connection = server()
+    connection.take_over(b"POST", (At.BODY, reader), (At.HEAD, 0))
+    connection.receive_data(b"llo\r\n0\r\n\r\n")
+    assert [connection.next_body(), connection.next_body()] == [b"llo", END]

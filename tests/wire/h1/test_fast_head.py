@@ -1,9 +1,6 @@
-"""The law of the recogniser: what it accepts, h11 accepts and means the same, and so does the
-longer way of wire/h1/strict_head.py.
-
-The heads are those of real programs, and spoiled ones. A law that is never put to the test holds
-trivially: how many heads were accepted is asserted too.
-"""
+"""The rule of the recogniser: what it accepts, h11 accepts with the same meaning, and so does the
+strict parser of wire/h1/strict_head.py. The heads are those of real programs, and damaged ones. A
+rule that is never tested holds trivially: so the number of accepted heads is asserted too."""
 
 from __future__ import annotations
 
@@ -46,8 +43,7 @@ ANY = h11.Request(
 
 
 def h11_length(connection: h11.Connection) -> Length | None:
-    """How h11 holds the body to be delimited that follows; None: until the end of the
-    connection."""
+    """The length that h11 has for the body that follows; None: until the end of the connection."""
     reader = connection._reader
     if reader is None:
         return 0
@@ -70,7 +66,7 @@ def strips_alike(
 
 
 def request_holds(data: bytes) -> bool:
-    """Assert the law for one request head; True if it was put to the test."""
+    """Assert the rule for one request head; True if it was tested."""
     found = recognise_request(data, LIMITS)
     if found is None:
         return False
@@ -127,6 +123,7 @@ def test_of_the_heads_of_real_programs_the_canonical_ones_are_accepted(
     assert sum(map(holds, corpus)) >= least
 
 
+@pytest.mark.no_cover  # random, as the property tests
 @pytest.mark.parametrize(
     ("corpus", "holds"), [(REQUESTS, request_holds), (RESPONSES, response_holds)]
 )
@@ -252,7 +249,7 @@ def test_what_is_said_to_this_proxy_alone_is_not_passed_on(
 
 
 def test_heads_with_the_same_fields_are_heads_of_their_own() -> None:
-    """What is kept of a block of fields is shared by all that have it."""
+    """The kept block of fields is shared by all heads that have it."""
     fields = "Host: a", "Connection: keep-alive", "Isthmus-Client-Id: x", "Content-Length: 5"
     for target in ("/a", "/b", "/a"):
         data = head(f"POST {target} HTTP/1.1", *fields)
@@ -280,7 +277,7 @@ def test_what_is_kept_of_heads_is_bounded() -> None:
     assert fast_head._known.cache_info().currsize == most
     before = fast_head._known.cache_info().misses
     assert request_holds(head("GET / HTTP/1.1", "Host: a", "X: " + "y" * fast_head._LONGEST))
-    assert fast_head._known.cache_info().misses == before, "what is long is not kept"
+    assert fast_head._known.cache_info().misses == before, "a long block is not kept"
     fast_head.forget()
     assert fast_head._known.cache_info().currsize == 0
 
@@ -300,7 +297,7 @@ def test_what_is_written_is_what_was_read() -> None:
 @pytest.fixture
 def no_hanging() -> Iterator[None]:
     """A regular expression that backtracks for ever cannot be interrupted: end the process and show
-    where it stood."""
+    where it was."""
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -348,7 +345,6 @@ def test_no_head_takes_more_than_linear_time(
             best = min(best, time.process_time() - began)
         return best
 
-    # Eight times the bytes: linear is 8, quadratic 64. What takes no time at all is not worth a
-    # ratio.
+    # Eight times the bytes: linear is 8, quadratic 64. A ratio of very short times has no meaning.
     small, large = seconds(1 << 13), seconds(1 << 16)
     assert large < max(24 * small, 0.02)

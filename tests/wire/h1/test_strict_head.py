@@ -1,6 +1,7 @@
-"""Heads on which two readers could disagree are refused, with the status that names the fault:
-whole, byte by byte, and as soon as it is certain. Every way to smuggle a request that is known to
-us is a line in a table here."""
+"""Heads that two parsers could read differently are refused, with the status that names the fault:
+whole, byte by byte, and as soon as it is certain.
+
+Every known way to smuggle a request is a line in a table here."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from proxy.wire.h1.body import ChunkedReader
 from proxy.wire.h1.connection import Http1Connection, Role
 from proxy.wire.h1.fast_head import recognise_request, recognise_response
-from proxy.wire.h1.strict_head import decide_request, decide_response
+from proxy.wire.h1.strict_head import check_framing, decide_request, decide_response
 from proxy.wire.h2.fields import Secret, request_head, response_head, trailers
-from proxy.wire.messages import Limits, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 from tests.kit.chunkings import byte_by_byte
 from tests.kit.http2 import OK as OK2
 from tests.kit.http2 import POST as POST2
@@ -26,14 +27,14 @@ from tests.wire.corpus import LINES, REQUESTS, RESPONSES, head, spoil
 LIMITS = Limits(head=4096, target=256, fields=24)
 
 GET, POST = "GET / HTTP/1.1", "POST / HTTP/1.1"
-# All but NUL, LF and CR, which end lines for some readers and stand in the table below, and the
-# tab, which is none.
+# All but NUL, LF and CR, which end lines for some parsers and are in the table below, and the tab,
+# which is not a control character here.
 CONTROLS = [*range(1, 9), *range(14, 32), 127]
 
 
 def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | Signal | int:
-    """The head that a connection makes of the pieces, or the status of its refusal; CLOSED, if it
-    ended with nothing but empty lines."""
+    """The head that a connection parses from the pieces, or the status of its refusal; CLOSED, if
+    it ended with only empty lines."""
     connection = Http1Connection(role, LIMITS)
     for piece in [*pieces, b""]:
         connection.receive_data(piece)
@@ -47,7 +48,8 @@ def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | Signal
 
 
 REFUSED_REQUESTS = {
-    # How long the body is, said twice, or in a way that readers read differently (RFC 9112 §6.3).
+    # The length of the body, given twice, or in a way that parsers read differently (RFC 9112
+    # §6.3).
     "two lengths": (head(POST, "Host: a", "Content-Length: 5", "Content-Length: 6"), 400),
     "one length twice": (head(POST, "Host: a", "Content-Length: 5", "Content-Length: 5"), 400),
     "one length twice, in other letters": (head(POST, "Host: a", "Content-Length: 5", "cONTENT-lENGTH: 5"), 400),
@@ -70,8 +72,8 @@ REFUSED_REQUESTS = {
     "chunks and a length": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 5"), 400),
     "chunks and a length of 0": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 0"), 400),
     "chunks in HTTP/1.0": (head("POST / HTTP/1.0", "Host: a", "Transfer-Encoding: chunked"), 400),
-    # Codings (RFC 9112 §6.1, §6.3): without an end of the body, or with one below which there is
-    # something that we do not know.
+    # Codings (RFC 9112 §6.1, §6.3): without an end of the body, or with an unknown coding below one
+    # with an end.
     "another coding": (head(POST, "Host: a", "Transfer-Encoding: gzip"), 400),
     "another coding below chunks": (head(POST, "Host: a", "Transfer-Encoding: gzip, chunked"), 501),
     "another coding below chunks, in two lines": (head(POST, "Host: a", "Transfer-Encoding: gzip", "Transfer-Encoding: Chunked"), 501),
@@ -110,7 +112,7 @@ REFUSED_REQUESTS = {
     "a NUL in a value": (head(GET, "Host: a", "X: \x00y"), 400),
     "a NUL in a name": (head(GET, "Host: a", "Content-Length\x00: 5"), 400),
     "a NUL in the target": (head("GET /\x00 HTTP/1.1", "Host: a"), 400),
-    # Lines that are no fields.
+    # Lines that are not fields.
     "a line without a colon": (head(GET, "Host: a", "Content-Length"), 400),
     "a line without a name": (head(GET, "Host: a", ": 5"), 400),
     "a name that is no token": (head(GET, "Host: a", "X(y): z"), 400),
@@ -144,7 +146,7 @@ REFUSED_REQUESTS = {
     "a method that is no token": (head("G@T / HTTP/1.1", "Host: a"), 400),
     "no method": (head(" / HTTP/1.1", "Host: a"), 400),
     "no request at all": (b"\r\n" * 6 + head(GET, "Host: a"), 400),
-    # Whom it is for (RFC 9112 §3.2).
+    # The authority (RFC 9112 §3.2).
     "no Host": (head(GET), 400),
     "two Hosts": (head(GET, "Host: a", "Host: b"), 400),
     "one Host twice": (head(GET, "Host: a", "Host: a"), 400),
@@ -265,7 +267,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize(("data", "words"), WORDS.items(), ids=WORDS.values())
-def test_a_refusal_says_in_plain_words_what_is_wrong_and_where(data: bytes, words: str) -> None:
+def test_a_refusal_describes_what_is_wrong_and_where(data: bytes, words: str) -> None:
     decide = decide_response if "status" in words else decide_request
     with pytest.raises(ProtocolError) as refusal:
         decide(data, LIMITS)
@@ -275,7 +277,7 @@ def test_a_refusal_says_in_plain_words_what_is_wrong_and_where(data: bytes, word
 @pytest.mark.parametrize(
     "data", [*(data for data, _ in REFUSED_REQUESTS.values()), *REFUSED_RESPONSES.values()]
 )
-def test_no_refusal_repeats_what_was_sent_or_leaves_the_words_to_a_library(data: bytes) -> None:
+def test_no_refusal_repeats_what_was_sent_or_has_a_message_of_a_library(data: bytes) -> None:
     for decide in (decide_request, decide_response):
         words = ""
         try:
@@ -309,6 +311,12 @@ def test_a_bad_request_is_refused_as_soon_as_it_is_certain(data: bytes, refused_
         connection.next_request()
 
 
+def test_two_lengths_are_refused_also_by_the_fields_alone() -> None:
+    """The lines are checked before; this is the second check of what must not be missed."""
+    with pytest.raises(ProtocolError, match="more than one Content-Length"):
+        check_framing(Headers([(b"Content-Length", b"5")] * 2), b"1.1")
+
+
 def test_a_head_over_its_limit_is_refused_before_it_is_complete() -> None:
     for start, status in ((b"GET /", 414), (b"GET / HTTP/1.1\r\nX: ", 431), (b"G", 431)):
         connection = Http1Connection(Role.SERVER, LIMITS)
@@ -340,7 +348,7 @@ def test_a_head_over_its_limit_is_refused_before_it_is_complete() -> None:
     (head("GET //x/y HTTP/1.1", "Host: a"), b"a"),
     (b"\r\n\r\n" + head(GET, "Host: a"), b"a"),
 ])  # fmt: skip
-def test_a_good_request_says_whom_it_is_for(data: bytes, authority: bytes | None) -> None:
+def test_a_good_request_has_an_authority(data: bytes, authority: bytes | None) -> None:
     whole = read(Role.SERVER, [data])
     assert isinstance(whole, RequestHead)
     assert whole.authority == authority
@@ -380,11 +388,11 @@ def test_a_good_response_is_read_byte_by_byte(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("sent", "written"), [("05", b"5"), ("00", b"0"), ("007", b"7"), ("0", b"0"), ("10", b"10")]
 )
-def test_a_content_length_goes_on_without_leading_zeros_in_both_versions(
+def test_a_content_length_is_forwarded_without_leading_zeros_in_both_versions(
     sent: str, written: bytes
 ) -> None:
-    """It is a number by the grammar (RFC 9110 §8.6), and one that other readers may take for an
-    octal number."""
+    """The grammar (RFC 9110 §8.6) makes it a decimal number, but other parsers may take it for an
+    octal one."""
     request = decide_request(head(POST, "Host: a", f"content-LENGTH: {sent}"), LIMITS)
     assert request.headers.items[1] == (b"content-LENGTH", written)
     assert decide_response(
@@ -408,7 +416,7 @@ def test_white_space_before_the_colon_of_a_response_is_removed(name: str) -> Non
 
 @given(st.binary(max_size=6).filter(lambda value: b"\r\n" not in value))
 def test_a_field_value_is_one_in_both_versions_or_in_neither(value: bytes) -> None:
-    """In heads by either way, in trailers, and in HTTP/2. White space at the ends of a value
+    """In heads by either parser, in trailers, and in HTTP/2. White space at the ends of a value
     belongs to the line in HTTP/1."""
     lines = b"X: " + value + b"\r\n\r\n"
     inner = value.strip(b" \t")

@@ -1,11 +1,10 @@
-"""Our engine against the h2 library, in both roles: whatever the two say to each other, in any
-order and any pieces, both understand the same messages. h2 keeps watch over our flow control, our
-frame sizes and our use of its header table: it raises if we go wrong.
+"""Our engine against the h2 library, in both roles: whatever the two send to each other, in any
+order and any pieces, both read the same messages.
 
-What one side says stands in a script, one per stream: a head, perhaps informational ones before it,
-data, trailers, the end, or a reset. What the other side makes of it has to be the same script, or
-the beginning of it where a reset has cut it short.
-"""
+h2 checks our flow control, our frame sizes and our use of its header table: it raises if they are
+wrong. What one side sends is a script, one per stream: a head, perhaps informational ones before
+it, data, trailers, the end, or a reset. The other side must read the same script, or the start of
+it where a reset has cut it."""
 
 from __future__ import annotations
 
@@ -45,19 +44,20 @@ Script = list[tuple[str, object]]
 
 
 class Side:
-    """One end: what it may still say on each stream, what it has said, and what it has heard."""
+    """One end: what it may still send on each stream, what it has sent, and what it has
+    received."""
 
     def __init__(self) -> None:
-        self.open: set[int] = set()  # streams on which it may say more
-        self.headless: set[int] = set()  # of those, the ones on which its head has not been said
-        self.said: dict[int, Script] = defaultdict(list)
-        self.heard: dict[int, Script] = defaultdict(list)
+        self.open: set[int] = set()  # streams on which it may send more
+        self.headless: set[int] = set()  # of those, the ones on which its head has not been sent
+        self.sent: dict[int, Script] = defaultdict(list)
+        self.received: dict[int, Script] = defaultdict(list)
         self.cut: set[int] = set()  # streams that were reset, by either side
         self.pongs: list[bytes] = []
         self.gone: list[int] = []  # codes of the other's GOAWAY
 
     def hears_data(self, number: int, data: bytes, *, ended: bool) -> None:
-        script = self.heard[number]
+        script = self.received[number]
         if data:
             script.append(("data", data))
         if ended:
@@ -82,9 +82,9 @@ class Engine(Side):
         self.limits = limits
         self.http = Http2Connection(Role.CLIENT if client else Role.SERVER, limits)
         self.now = 0.0
-        self.owed: list[tuple[int, int]] = []  # credit that is not given back yet
+        self.owed: list[tuple[int, int]] = []  # credit that is not returned yet
 
-    def hear(self, pieces: Sequence[bytes]) -> None:
+    def receive(self, pieces: Sequence[bytes]) -> None:
         for piece in pieces:
             self.now += 1
             for event in self.http.receive_data(piece, self.now):
@@ -95,7 +95,7 @@ class Engine(Side):
                             if isinstance(head, RequestHead)
                             else response_pairs(head)
                         )
-                        self.heard[number].append(("head", pairs))
+                        self.received[number].append(("head", pairs))
                         self.hears_data(number, b"", ended=event.ended)
                         if isinstance(head, RequestHead):
                             self.hears_request(number)
@@ -103,7 +103,7 @@ class Engine(Side):
                         self.hears_data(number, event.data, ended=event.ended)
                         self.owed.append((number, event.credit))
                     case TrailersReceived(stream=number):
-                        self.heard[number] += [("trailers", event.trailers.items), ("end", None)]
+                        self.received[number] += [("trailers", event.trailers.items), ("end", None)]
                     case StreamBroken(stream=number):
                         assert event.by_peer, event
                         self.cuts(number)
@@ -138,7 +138,7 @@ class Engine(Side):
         return self.http.window(number)
 
     def blocked(self, number: int) -> bool:
-        """The window is negative: h2 does not bear even DATA without a byte then."""
+        """The window is negative: then h2 refuses even DATA without a byte."""
         return self.http._streams[number].send_window < 0
 
     def data(self, number: int, data: bytes, *, end: bool, source: random.Random) -> None:
@@ -178,9 +178,9 @@ class _H2(h2.connection.H2Connection):
 
 
 class Library(Side):
-    """h2, spared what it does not do right: it hears whole frames (a new MAX_FRAME_SIZE has no
-    effect within a piece of bytes), and has one SETTINGS under way at a time (an acknowledgement
-    makes it believe that later ones have been read, too)."""
+    """h2, without what it does wrong: it gets whole frames (a new MAX_FRAME_SIZE has no effect
+    within a piece of bytes), and has one SETTINGS in flight at a time (an acknowledgement makes it
+    believe that later ones have been read, too)."""
 
     def __init__(self, *, client: bool) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Library(Side):
         self.unheard = b""
         self.owed: list[tuple[int, int]] = []
 
-    def hear(self, pieces: Sequence[bytes]) -> None:
+    def receive(self, pieces: Sequence[bytes]) -> None:
         self.unheard += b"".join(pieces)
         if self.unheard.startswith(PREFACE):
             self.h2.receive_data(PREFACE)
@@ -201,25 +201,25 @@ class Library(Side):
             size = 9 + int.from_bytes(self.unheard[:3], "big")
             frame, self.unheard = self.unheard[:size], self.unheard[size:]
             for event in self.h2.receive_data(frame):
-                self._hear(event)
+                self._receive(event)
 
-    def _hear(self, event: h2.events.Event) -> None:
+    def _receive(self, event: h2.events.Event) -> None:
         match event:
             case h2.events.RequestReceived(stream_id=number):
-                self.heard[number].append(("head", [tuple(pair) for pair in event.headers]))
+                self.received[number].append(("head", [tuple(pair) for pair in event.headers]))
                 self.hears_request(number)
             case (
                 h2.events.ResponseReceived(stream_id=number)
                 | h2.events.InformationalResponseReceived(stream_id=number)
             ):
-                self.heard[number].append(("head", [tuple(pair) for pair in event.headers]))
+                self.received[number].append(("head", [tuple(pair) for pair in event.headers]))
             case h2.events.DataReceived(stream_id=number):
                 self.hears_data(number, event.data, ended=False)
                 self.owed.append((number, event.flow_controlled_length))
             case h2.events.TrailersReceived(stream_id=number):
-                self.heard[number].append(("trailers", [tuple(pair) for pair in event.headers]))
+                self.received[number].append(("trailers", [tuple(pair) for pair in event.headers]))
             case h2.events.StreamEnded(stream_id=number):
-                self.heard[number].append(("end", None))
+                self.received[number].append(("end", None))
             case h2.events.StreamReset(stream_id=number):
                 assert event.remote_reset
                 self.cuts(number)
@@ -278,8 +278,7 @@ class Library(Side):
         self.h2.ping(payload)
 
     def odd_thing(self, source: random.Random) -> None:
-        """What only h2 can be made to say: new settings, a priority, more window than anybody
-        needs."""
+        """What only h2 can send: new settings, a priority, more window than necessary."""
         match source.randrange(8):
             case 0 | 1 | 2 | 3 | 4 if not self.settling:
                 values = {
@@ -309,8 +308,8 @@ FIELDS: list[Pair] = [
 
 
 class Conversation:
-    """A client and a server, one of them ours, that say random things; what is said arrives now, or
-    later, in pieces."""
+    """A client and a server, one of them ours, that send random things. These arrive now, or later,
+    in pieces."""
 
     def __init__(self, seed: int, *, ours_is_client: bool) -> None:
         self.source = source = random.Random(seed)
@@ -331,9 +330,9 @@ class Conversation:
         return at_random(data, self.source.randrange(1000), self.source.randrange(6))
 
     def carry(self, side: Engine | Library) -> bool:
-        """What `side` has said so far reaches the other. True if there was anything."""
+        """What `side` has sent so far reaches the other. True if there was anything."""
         data = side.take_out()
-        (self.server if side is self.client else self.client).hear(self.pieces(data))
+        (self.server if side is self.client else self.client).receive(self.pieces(data))
         return bool(data)
 
     def carry_all(self) -> None:
@@ -341,8 +340,8 @@ class Conversation:
             pass
 
     def fields(self) -> list[Pair]:
-        # Now and then one that does not fit into a frame; seldom, because to compress it takes h2
-        # long.
+        # Sometimes one that does not fit into a frame; seldom, because h2 takes long to compress
+        # it.
         large = [(b"x-largest", b"z" * 17000)] if self.source.random() < 0.03 else []
         return self.source.sample(FIELDS, self.source.randrange(4)) + large
 
@@ -361,7 +360,7 @@ class Conversation:
         elif choice == 8:
             payload = source.randbytes(8)
             side.ping(payload)
-            side.said[0].append(("ping", payload))
+            side.sent[0].append(("ping", payload))
         elif choice == 9:
             side.give_back()
         elif choice == 10:
@@ -380,15 +379,15 @@ class Conversation:
         ]
         end = self.source.random() < 0.4
         number = self.client.request(pairs, end=end)
-        self.client.said[number].append(("head", pairs))
+        self.client.sent[number].append(("head", pairs))
         if end:
-            self.client.said[number].append(("end", None))
+            self.client.sent[number].append(("end", None))
         else:
             self.client.open.add(number)
 
     def say(self, side: Engine | Library, number: int) -> None:
-        """One more thing on a stream, as HTTP allows it."""
-        source, script = self.source, side.said[number]
+        """One more item on a stream, as HTTP allows it."""
+        source, script = self.source, side.sent[number]
         end = False
         if source.random() < 0.05:
             side.reset(number, source.choice([0, 2, 7, 8]))
@@ -411,7 +410,7 @@ class Conversation:
             if status != b"103":
                 side.headless.discard(number)
             else:
-                self.carry(side)  # h2 takes offence at one that comes too late for its reset
+                self.carry(side)  # h2 raises for one that comes too late for its reset
         elif source.random() < 0.2 or side.blocked(number):
             pairs = [
                 (b"grpc-status", b"%d" % source.randrange(17)),
@@ -444,14 +443,14 @@ def whole(script: Script) -> Script:
 
 
 def compare(teller: Side, hearer: Side, cut: set[int]) -> None:
-    for number in {*teller.said, *hearer.heard} - {0}:
-        said, heard = whole(teller.said[number]), whole(hearer.heard[number])
+    for number in {*teller.sent, *hearer.received} - {0}:
+        said, received = whole(teller.sent[number]), whole(hearer.received[number])
         if number not in cut:
-            assert heard == said, number
+            assert received == said, number
             continue
         # Cut short: the beginning of it, the last piece of data perhaps not whole.
-        assert len(heard) <= len(said)
-        for (kind, what), (kind_said, what_said) in zip(heard, said, strict=False):
+        assert len(received) <= len(said)
+        for (kind, what), (kind_said, what_said) in zip(received, said, strict=False):
             assert kind == kind_said
             assert what == what_said or (kind == "data" and what_said.startswith(what))  # type: ignore[attr-defined]
 
@@ -471,10 +470,10 @@ def test_both_sides_understand_the_same(seed: int, ours_is_client: bool, steps: 
     compare(client, server, cut)
     compare(server, client, cut)
     for side, other in ((client, server), (server, client)):
-        assert [payload for _, payload in side.said[0]] == side.pongs
+        assert [payload for _, payload in side.sent[0]] == side.pongs
         assert not other.gone
-    # Everything is taken: the windows are whole again, but for what is kept back to be given in one
-    # piece.
+    # Everything is read: the windows are full again, except for what is held back to be returned in
+    # one piece.
     engine.give_back()
     conversation.carry_all()
     http = engine.http
@@ -509,7 +508,7 @@ def test_goaway_is_understood_by_the_other(
 
 
 def test_h2_would_have_said_so() -> None:
-    """The watch that the other tests rely on: h2 raises for DATA over its window."""
+    """The check that the other tests depend on: h2 raises for DATA over its window."""
     conversation = Conversation(1, ours_is_client=True)
     conversation.ask()
     number = conversation.engine.http.send_request(

@@ -1,6 +1,6 @@
-"""What RFC 9113 calls an error, one by one: what is wrong with a stream ends that stream, with its
-code, and the next request is answered as if nothing had been; what is wrong with the connection
-ends it, with its code in GOAWAY and not a word behind."""
+"""The errors of RFC 9113, one by one: a stream error ends that stream, with its code, and the next
+request is answered as usual. A connection error ends the connection, with its code in GOAWAY and no
+frame after it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,18 @@ from proxy.wire.h2.frames import (
 )
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 from tests.kit.chunkings import every_way
-from tests.kit.http2 import GET, OK, POST, Ours, Pair, data, headers, literal, long, settings
+from tests.kit.http2 import (
+    GET,
+    OK,
+    POST,
+    Pair,
+    RecordingEngine,
+    data,
+    headers,
+    literal,
+    long,
+    settings,
+)
 
 LIMITS = Http2Limits(streams=4, head=4000, stream_window=65535, connection_window=65535)
 OPEN = headers(1, POST, END_HEADERS)  # stream 1, its body to come
@@ -116,12 +127,12 @@ def outcome(
     pieces: list[bytes],
 ) -> tuple[list[Event], list[tuple[int, Code]], list[tuple[int, Code]], bool]:
     """Events, resets and GOAWAYs of a server, and whether the connection was ended."""
-    ours = Ours(Role.SERVER, LIMITS)
+    ours = RecordingEngine(Role.SERVER, LIMITS)
     events: list[Event] = []
     over = False
     for piece in pieces:
         try:
-            events += ours.hear(piece)
+            events += ours.receive(piece)
         except ProtocolError:
             events += ours.engine.before_fault
             over = True
@@ -202,16 +213,18 @@ def test_an_error_of_a_stream_ends_the_stream_alone(code: Code, sent: bytes) -> 
     assert isinstance(events[-1], HeadReceived)
     assert events[-1].stream == 21
     number = resets[0][0]
-    told = [event for event in events if isinstance(event, StreamBroken) and not event.by_peer]
+    broken = [event for event in events if isinstance(event, StreamBroken) and not event.by_peer]
     known = any(isinstance(event, HeadReceived) and event.stream == number for event in events)
-    assert [(event.stream, event.code) for event in told] == [(number, code)] * bool(known or told)
+    assert [(event.stream, event.code) for event in broken] == [(number, code)] * bool(
+        known or broken
+    )
 
 
 def test_data_over_a_streams_window_ends_the_stream() -> None:
-    ours = Ours(Role.SERVER, Http2Limits(stream_window=65535, connection_window=2**20))
-    ours.hear(OPEN, *[data(1, bytes(16384))] * 3, data(1, bytes(16383)))
+    ours = RecordingEngine(Role.SERVER, Http2Limits(stream_window=65535, connection_window=2**20))
+    ours.receive(OPEN, *[data(1, bytes(16384))] * 3, data(1, bytes(16383)))
     assert ours.codes(Kind.RST_STREAM) == []
-    events = ours.hear(data(1, b"x"))
+    events = ours.receive(data(1, b"x"))
     assert ours.codes(Kind.RST_STREAM) == [(1, Code.FLOW_CONTROL_ERROR)]
     assert [type(event) for event in events] == [StreamBroken]
 
@@ -226,9 +239,9 @@ def test_data_over_a_streams_window_ends_the_stream() -> None:
     ],
 )
 def test_the_first_frame_has_to_be_settings(sent: bytes, code: Code) -> None:
-    ours = Ours(greeted=False)
+    ours = RecordingEngine(greeted=False)
     with pytest.raises(ProtocolError, match="SETTINGS"):
-        ours.hear(PREFACE + sent)
+        ours.receive(PREFACE + sent)
     assert ours.codes(Kind.GOAWAY) == [(0, code)]
 
 
@@ -237,20 +250,20 @@ def test_the_first_frame_has_to_be_settings(sent: bytes, code: Code) -> None:
 )
 def test_a_client_begins_with_the_preface(sent: bytes) -> None:
     def fails(pieces: list[bytes]) -> list[tuple[int, Code]]:
-        ours = Ours(greeted=False)
+        ours = RecordingEngine(greeted=False)
         with pytest.raises(ProtocolError, match="preface"):
-            ours.hear(*pieces)
+            ours.receive(*pieces)
         return ours.codes(Kind.GOAWAY)
 
     assert every_way(sent, fails) == [(0, Code.PROTOCOL_ERROR)]
 
 
-def test_behind_the_end_nothing_is_said_or_heard() -> None:
-    ours = Ours()
-    ours.hear(OPEN)
+def test_after_the_end_nothing_is_sent_or_received() -> None:
+    ours = RecordingEngine()
+    ours.receive(OPEN)
     with pytest.raises(ProtocolError):
-        ours.hear(data(0))
-    said = len(ours.said)
+        ours.receive(data(0))
+    before = len(ours.sent)
     engine = ours.engine
     engine.consumed(1, 10**6)
     engine.consumed(0, 10**7)
@@ -261,33 +274,33 @@ def test_behind_the_end_nothing_is_said_or_heard() -> None:
     with pytest.raises(StreamGone):
         engine.send_response(1, ResponseHead(200), end=True)
     with pytest.raises(ProtocolError, match="has ended"):
-        ours.hear(headers(3))
+        ours.receive(headers(3))
     assert engine.data_to_send() == b""
-    assert len(ours.said) == said
+    assert len(ours.sent) == before
     assert engine.capacity == 0
 
 
 def test_what_was_read_before_a_fault_is_not_lost() -> None:
-    ours = Ours()
+    ours = RecordingEngine()
     assert ours.engine.before_fault == []
     with pytest.raises(ProtocolError):
-        ours.hear(headers(1) + data(0))
+        ours.receive(headers(1) + data(0))
     assert [type(event) for event in ours.engine.before_fault] == [HeadReceived]
 
 
 # Responses, seen by a client...
 
 
-def client(method: bytes = b"GET", *sent: bytes) -> tuple[list[Event], Ours]:
+def client(method: bytes = b"GET", *sent: bytes) -> tuple[list[Event], RecordingEngine]:
     def run(pieces: list[bytes]) -> list[Event]:
-        ours = Ours(Role.CLIENT, LIMITS)
+        ours = RecordingEngine(Role.CLIENT, LIMITS)
         ours.request(method)
-        return merged(ours.hear(*pieces))
+        return merged(ours.receive(*pieces))
 
     events = every_way(b"".join(sent), run)
-    ours = Ours(Role.CLIENT, LIMITS)
+    ours = RecordingEngine(Role.CLIENT, LIMITS)
     ours.request(method)
-    ours.hear(*sent)
+    ours.receive(*sent)
     return events, ours
 
 
@@ -343,10 +356,10 @@ def test_a_response_that_is_not_ends_its_stream(method: bytes, sent: bytes) -> N
     "sent", [headers(2, OK), headers(3, OK), data(3), settings((Setting.ENABLE_PUSH, 1))]
 )
 def test_a_server_neither_opens_streams_nor_pushes(sent: bytes) -> None:
-    ours = Ours(Role.CLIENT)
+    ours = RecordingEngine(Role.CLIENT)
     ours.request()
     with pytest.raises(ProtocolError):
-        ours.hear(sent)
+        ours.receive(sent)
     assert ours.codes(Kind.GOAWAY) == [(0, Code.PROTOCOL_ERROR)]
 
 
@@ -354,13 +367,13 @@ def test_a_server_neither_opens_streams_nor_pushes(sent: bytes) -> None:
 
 
 def test_late_frames_of_a_stream_that_we_reset_are_forgiven_and_their_credit_given_back() -> None:
-    ours = Ours(limits=Http2Limits(stream_window=65535, connection_window=65535))
+    ours = RecordingEngine(limits=Http2Limits(stream_window=65535, connection_window=65535))
     for number in range(1, 200, 2):
-        ours.hear(headers(number, POST, END_HEADERS), data(number, bytes(8000)))
+        ours.receive(headers(number, POST, END_HEADERS), data(number, bytes(8000)))
         ours.engine.consumed(number, 8000)
         ours.engine.reset(number, Code.CANCEL)
         assert (
-            ours.hear(
+            ours.receive(
                 data(number, bytes(8000)),
                 headers(number, TRAILER),
                 long(Kind.RST_STREAM, number, 8),
@@ -375,19 +388,19 @@ def test_late_frames_of_a_stream_that_we_reset_are_forgiven_and_their_credit_giv
 def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still_to_come(
     early: bool,
 ) -> None:
-    """Slow consumers hold most of the connection's window. What others have taken goes back to the
-    peer before that is short of it."""
-    ours = Ours(limits=Http2Limits(stream_window=65536, connection_window=4 * 65536))
+    """Slow consumers hold most of the connection's window. Credit for what others have read is
+    returned before the peer runs out of it."""
+    ours = RecordingEngine(limits=Http2Limits(stream_window=65536, connection_window=4 * 65536))
     fills = {number: [data(number, bytes(16384))] * 4 for number in (1, 3, 5, 7)}
     for number in fills:
-        ours.hear(headers(number, POST, END_HEADERS))
-    if early:  # the window is used up behind what was taken
-        ours.hear(*fills[1], *fills[3])
+        ours.receive(headers(number, POST, END_HEADERS))
+    if early:  # the window is used up by unread data
+        ours.receive(*fills[1], *fills[3])
         ours.engine.consumed(1, 65536)
         ours.engine.consumed(3, 65535)  # less than half of the connection's window
-        ours.hear(*fills[5], *fills[7])
+        ours.receive(*fills[5], *fills[7])
     else:
-        ours.hear(*fills[1], *fills[3], *fills[5], *fills[7])
+        ours.receive(*fills[1], *fills[3], *fills[5], *fills[7])
         ours.engine.consumed(1, 65536)
         ours.engine.consumed(3, 65535)
     assert ours.engine._window + ours.engine._grant == 2 * 65536 - 1
@@ -395,35 +408,37 @@ def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still
 
 
 def test_a_thousand_small_late_frames_are_no_flood() -> None:
-    ours = Ours()
-    ours.hear(OPEN)
+    ours = RecordingEngine()
+    ours.receive(OPEN)
     ours.engine.reset(1, Code.CANCEL)
     for _ in range(5000):
-        assert ours.hear(data(1, b"small")) == []
+        assert ours.receive(data(1, b"small")) == []
 
 
 def test_more_late_data_than_the_stream_had_room_for_is_not_forgiven_for_ever() -> None:
-    ours = Ours(limits=Http2Limits(stream_window=65535, connection_window=2**20))
-    ours.hear(OPEN)
+    ours = RecordingEngine(limits=Http2Limits(stream_window=65535, connection_window=2**20))
+    ours.receive(OPEN)
     ours.engine.reset(1, Code.CANCEL)
     with pytest.raises(ProtocolError, match="too many"):
-        ours.hear(*[data(1, bytes(16384))] * (4 + 1001 + 501))
+        ours.receive(*[data(1, bytes(16384))] * (4 + 1001 + 501))
 
 
 def test_the_block_of_a_refused_stream_is_decoded_all_the_same() -> None:
-    ours = Ours(limits=Http2Limits(streams=1))
-    ours.hear(OPEN)
+    ours = RecordingEngine(limits=Http2Limits(streams=1))
+    ours.receive(OPEN)
     # An entry for the table, on a stream that is refused; the next stream refers to it.
-    ours.hear(frame(Kind.HEADERS, END_HEADERS | END_STREAM, 3, literal(GET) + b"\x40\1x\1y"))
-    ours.hear(long(Kind.RST_STREAM, 1, 8))
-    (event,) = ours.hear(frame(Kind.HEADERS, END_HEADERS | END_STREAM, 5, literal(GET) + b"\xbe"))
+    ours.receive(frame(Kind.HEADERS, END_HEADERS | END_STREAM, 3, literal(GET) + b"\x40\1x\1y"))
+    ours.receive(long(Kind.RST_STREAM, 1, 8))
+    (event,) = ours.receive(
+        frame(Kind.HEADERS, END_HEADERS | END_STREAM, 5, literal(GET) + b"\xbe")
+    )
     assert isinstance(event, HeadReceived)
     assert event.head.headers.get(b"x") == b"y"
 
 
 def test_unknown_frames_flags_settings_and_codes_are_passed_over() -> None:
-    ours = Ours()
-    events = ours.hear(
+    ours = RecordingEngine()
+    events = ours.receive(
         frame(0x42, 0xFF, 7, b"whatever"), settings((0x4242, 7), (Setting.MAX_HEADER_LIST_SIZE, 0)),
         frame(Kind.PING, 0xFE, 0, bytes(8)), headers(1, POST, END_HEADERS | 0x40), long(Kind.RST_STREAM, 1, 0xFFFF),
         frame(Kind.PRIORITY, 0, 9, bytes(5)), frame(Kind.GOAWAY, 0, 0, struct.pack(">LL", 0x80000001, 0xFFFF) + b"words"),
@@ -433,20 +448,20 @@ def test_unknown_frames_flags_settings_and_codes_are_passed_over() -> None:
         StreamBroken(1, 0xFFFF, True, "the peer reset the stream (code 65535)"),
         GoingAway(1, 0xFFFF),
     ]
-    assert (Kind.PING, ACK, 0, bytes(8)) in ours.said
+    assert (Kind.PING, ACK, 0, bytes(8)) in ours.sent
 
 
 def test_the_reserved_bit_of_a_stream_number_is_passed_over() -> None:
-    ours = Ours()
-    (event,) = ours.hear(frame(Kind.HEADERS, END_HEADERS | END_STREAM, 0x80000001, literal(GET)))
+    ours = RecordingEngine()
+    (event,) = ours.receive(frame(Kind.HEADERS, END_HEADERS | END_STREAM, 0x80000001, literal(GET)))
     assert isinstance(event, HeadReceived)
     assert event.stream == 1
 
 
 def test_padding_and_priority_are_taken_off() -> None:
-    ours = Ours()
+    ours = RecordingEngine()
     block = b"\4" + b"\0\0\0\3\xff" + literal(POST) + bytes(4)
-    events = ours.hear(
+    events = ours.receive(
         frame(Kind.HEADERS, END_HEADERS | PADDED | PRIORITY, 1, block),
         data(1, b"\2ab\0\0", PADDED),
         data(1, b"\0", PADDED | END_STREAM),
@@ -460,45 +475,45 @@ def test_a_head_in_many_pieces_is_one_head() -> None:
     pieces = [frame(Kind.HEADERS, END_STREAM, 1, b"")] + [
         frame(Kind.CONTINUATION, 0, 1, block[at : at + 20]) for at in range(0, len(block), 20)
     ]
-    (event,) = Ours().hear(*pieces, frame(Kind.CONTINUATION, END_HEADERS, 1, b""))
+    (event,) = RecordingEngine().receive(*pieces, frame(Kind.CONTINUATION, END_HEADERS, 1, b""))
     assert isinstance(event, HeadReceived)
     assert event.ended
     assert event.head.headers.get(b"x") == b"y" * 100
 
 
 def test_an_initial_window_may_become_negative_and_comes_back() -> None:
-    ours = Ours()
-    ours.hear(DONE)
+    ours = RecordingEngine()
+    ours.receive(DONE)
     engine = ours.engine
     engine.send_response(1, ResponseHead(200), end=False)
     engine.send_data(1, bytes(1000), end=False)
-    ours.hear(settings((Setting.INITIAL_WINDOW_SIZE, 10)))
+    ours.receive(settings((Setting.INITIAL_WINDOW_SIZE, 10)))
     assert engine.window(1) == 0
-    ours.hear(long(Kind.WINDOW_UPDATE, 1, 990))
+    ours.receive(long(Kind.WINDOW_UPDATE, 1, 990))
     assert engine.window(1) == 0
-    ours.hear(long(Kind.WINDOW_UPDATE, 1, 5))
+    ours.receive(long(Kind.WINDOW_UPDATE, 1, 5))
     assert engine.window(1) == 5
 
 
-# Going away...
+# Shutdown...
 
 
 def test_behind_our_goaway_new_streams_are_refused_and_old_ones_go_on() -> None:
-    ours = Ours()
-    ours.hear(OPEN)
+    ours = RecordingEngine()
+    ours.receive(OPEN)
     ours.engine.go_away()
     ours.engine.go_away()
-    events = ours.hear(headers(3), data(1, b"x", END_STREAM))
+    events = ours.receive(headers(3), data(1, b"x", END_STREAM))
     assert events == [DataReceived(1, b"x", 1, True)]
     assert ours.codes(Kind.GOAWAY) == [(1, Code.NO_ERROR)]
     assert ours.codes(Kind.RST_STREAM) == [(3, Code.REFUSED_STREAM)]
 
 
-def test_behind_the_peers_goaway_open_streams_go_on_and_there_is_no_room_for_new_ones() -> None:
-    ours = Ours(Role.CLIENT)
+def test_after_the_peers_goaway_open_streams_continue_and_no_new_one_starts() -> None:
+    ours = RecordingEngine(Role.CLIENT)
     first, second = ours.request(), ours.request()
     assert ours.engine.capacity == 98
-    events = ours.hear(
+    events = ours.receive(
         goaway(2**31 - 1, 0) + goaway(first, 0), headers(first, OK), goaway(2**31 - 1, 0)
     )
     assert [event for event in events if isinstance(event, GoingAway)] == [
@@ -513,20 +528,20 @@ def test_behind_the_peers_goaway_open_streams_go_on_and_there_is_no_room_for_new
 
 
 @pytest.mark.parametrize(("allowed", "capacity"), [(0, 0), (5, 4), (1, 0), (2**32 - 1, 2**32 - 2)])
-def test_the_peer_says_how_many_streams_it_takes(allowed: int, capacity: int) -> None:
-    ours = Ours(Role.CLIENT)
+def test_the_peer_sets_the_number_of_streams(allowed: int, capacity: int) -> None:
+    ours = RecordingEngine(Role.CLIENT)
     number = ours.request(end=False)
-    ours.hear(settings((Setting.MAX_CONCURRENT_STREAMS, allowed)))
+    ours.receive(settings((Setting.MAX_CONCURRENT_STREAMS, allowed)))
     assert ours.engine.capacity == capacity
     ours.engine.send_trailers(number, Headers([(b"x", b"1")]))
     with pytest.raises(StreamGone):
         ours.engine.send_data(number, b"", end=True)
-    ours.hear(headers(number, OK))
+    ours.receive(headers(number, OK))
     assert ours.engine.capacity == allowed
 
 
 def test_numbers_are_used_up_one_day() -> None:
-    ours = Ours(Role.CLIENT)
+    ours = RecordingEngine(Role.CLIENT)
     ours.engine._next_ours = 2**31 - 1
     assert ours.engine.capacity == 100
     assert (
@@ -536,5 +551,7 @@ def test_numbers_are_used_up_one_day() -> None:
     assert ours.engine.capacity == 0
 
 
-def test_trailers_are_told_as_the_end() -> None:
-    assert Ours().hear(OPEN, headers(1, TRAILER))[1:] == [TrailersReceived(1, Headers(TRAILER))]
+def test_trailers_are_reported_as_the_end() -> None:
+    assert RecordingEngine().receive(OPEN, headers(1, TRAILER))[1:] == [
+        TrailersReceived(1, Headers(TRAILER))
+    ]

@@ -1,5 +1,5 @@
-"""The fields of HTTP/2 messages. A header list is a head in canonical form or a ProtocolError; what
-we make of a head, h2's own rules accept; and there and back nothing is lost."""
+"""The fields of HTTP/2 messages. A header list is a head in canonical form or a ProtocolError. h2's
+own rules accept the lists that we make of a head. A round trip loses nothing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.wire.h2.fields import (
+    Block,
     Secret,
     field_pairs,
+    onward_pairs,
     request_head,
     request_pairs,
     response_head,
     response_pairs,
     trailers,
 )
-from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import (
+    CALLER,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+)
 from tests.kit.http2 import GET, OK, POST, Pair
 
 CONNECT: list[Pair] = [(b":method", b"CONNECT"), (b":authority", b"a:443")]
@@ -38,7 +46,7 @@ def test_the_authority_becomes_the_host_field_in_front_of_the_others() -> None:
     )
 
 
-def test_a_host_field_that_agrees_with_the_authority_stays_where_it_is() -> None:
+def test_a_host_field_that_equals_the_authority_is_kept() -> None:
     head = request_head([*replaced(GET, b":authority", b"A:80"), (b"x", b"1"), (b"host", b"a:80")])
     assert head.headers.items == [(b"x", b"1"), (b"host", b"a:80")]
 
@@ -82,7 +90,7 @@ def test_cookies_are_joined_and_a_secret_one_makes_all_secret() -> None:
     assert isinstance(head.headers.items[1], Secret)
 
 
-def test_a_secret_field_goes_through_as_the_secret_that_it_is() -> None:
+def test_a_never_indexed_field_stays_never_indexed() -> None:
     head = request_head([*GET, Secret((b"x-key", b"1"))])
     assert isinstance(request_pairs(head)[-1], Secret)
 
@@ -161,6 +169,15 @@ def test_cookies_that_are_empty_leave_no_blank_behind() -> None:
 
 def test_te_may_ask_for_trailers() -> None:
     assert request_head([*GET, (b"te", b"Trailers")]).headers.get(b"te") == b"Trailers"
+
+
+def test_a_block_that_occurs_again_gives_an_equal_head_with_fields_of_its_own() -> None:
+    block = Block([*OK, (b"x", b"1")])
+    first, second = response_head(block), response_head(block)
+    assert first == second == response_head(list(block))
+    first.headers.remove(b"x")
+    assert second.headers.get(b"x") == b"1"
+    assert response_head(block) == second
 
 
 def test_a_response_has_a_status_and_nothing_else_in_front() -> None:
@@ -252,7 +269,7 @@ def test_an_absolute_target_is_taken_apart(target: bytes, path: bytes) -> None:
     ("target", "path"),
     [(b"*", b"*"), (b"http://b", b"*"), (b"http://b/", b"/"), (b"http://b?y", b"/?y")],
 )
-def test_options_for_the_whole_server_asks_for_a_star(target: bytes, path: bytes) -> None:
+def test_options_for_the_whole_server_has_the_path_star(target: bytes, path: bytes) -> None:
     """RFC 9113 §8.3.1, and RFC 9112 §3.2.4 for the absolute form."""
     pairs = dict(request_pairs(RequestHead(b"OPTIONS", target, Headers([(b"Host", b"a")]))))
     assert pairs[b":path"] == path
@@ -270,3 +287,37 @@ def test_what_belongs_to_an_http1_connection_does_not_go_out() -> None:
         ]
     )
     assert field_pairs(headers) == [(b"x-a", b"1")]
+
+
+SIMPLE: list[Pair] = [
+    (b"host", b"shop"),
+    (b"x", b"y"),
+    (b"connection", b"close"),
+    (b"te", b"trailers"),
+]
+ONWARD: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"shop"), (b":path", b"/a")]  # fmt: skip
+
+
+def test_a_simple_request_goes_on_without_its_hop_by_hop_fields() -> None:
+    head = RequestHead(b"GET", b"/a", Headers(SIMPLE), b"2")
+    te = (b"te", b"trailers")
+    assert onward_pairs(head, None) == [*ONWARD, (b"x", b"y"), te]
+    assert onward_pairs(head, b"me") == [*ONWARD, (b"x", b"y"), (CALLER, b"me"), te]
+    without = RequestHead(b"GET", b"/a", Headers(SIMPLE[:2]), b"2")
+    assert onward_pairs(without, None) == [*ONWARD, (b"x", b"y")]
+    clean = request_head([*ONWARD, (b"x", b"y")])
+    assert clean.headers.clean
+    assert onward_pairs(clean, None) == [*ONWARD, (b"x", b"y")]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        RequestHead(b"GET", b"/a", Headers(), b"2"),
+        RequestHead(b"GET", b"/a", Headers([(b"x", b"y"), (b"host", b"shop")]), b"2"),
+        RequestHead(b"OPTIONS", b"*", Headers(SIMPLE), b"2"),
+        RequestHead(b"CONNECT", b"/a", Headers(SIMPLE), b"2", b"websocket"),
+    ],
+)
+def test_a_request_that_is_not_simple_does_not_go_on_so(head: RequestHead) -> None:
+    assert onward_pairs(head, None) is None

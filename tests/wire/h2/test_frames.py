@@ -1,4 +1,4 @@
-"""HTTP/2 frames: what we write, hyperframe reads as the same; what cannot be read is a fault with
+"""HTTP/2 frames: hyperframe reads what we write as the same; what cannot be parsed is an error with
 the code of RFC 9113."""
 
 from __future__ import annotations
@@ -78,6 +78,17 @@ def test_a_header_block_is_cut_into_frames_of_the_peers_size(
     assert ("END_STREAM" in first.flags) == end
     assert ["END_HEADERS" in frame.flags for frame in [first, *rest]] == [False] * len(rest) + [
         True
+    ]
+
+
+def test_a_header_block_over_the_peers_size_continues() -> None:
+    assert frames.headers(1, b"a" * 10, 10, end=True) == [
+        frames.frame(Kind.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, b"a" * 10)
+    ]
+    assert frames.headers(1, b"a" * 10 + b"b" * 10 + b"c", 10, end=True) == [
+        frames.frame(Kind.HEADERS, frames.END_STREAM, 1, b"a" * 10),
+        frames.frame(Kind.CONTINUATION, 0, 1, b"b" * 10),
+        frames.frame(Kind.CONTINUATION, frames.END_HEADERS, 1, b"c"),
     ]
 
 

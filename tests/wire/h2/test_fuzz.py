@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import Phase, find, given, settings
@@ -24,71 +25,75 @@ from proxy.wire.h2.events import (
 from proxy.wire.h2.frames import PREFACE, Code, Kind, frame
 from proxy.wire.messages import Headers, ProtocolError, ResponseHead
 from tests.kit.chunkings import every_way
-from tests.kit.http2 import GET, OK, POST, Ours, Pair, literal
+from tests.kit.drawn import Choices, drawn
+from tests.kit.http2 import GET, OK, POST, Pair, RecordingEngine, literal
 from tests.kit.http2 import settings as settings_frame
 
 LIMITS = Http2Limits(streams=3, head=600, stream_window=65535, connection_window=65535)
 
-STREAM = st.sampled_from([0, 1, 1, 1, 2, 3, 3, 5, 7, 9, 2**31 - 1, 2**31 + 1])
-FLAGS = st.one_of(
-    st.sampled_from([0, 1, 4, 4, 5, 5, 5, 8, 0xC, 0xD, 0x20, 0x24, 0x25, 0x2D]), st.integers(0, 255)
-)
+STREAMS = [1, 0, 1, 1, 2, 3, 3, 5, 7, 9, 2**31 - 1, 2**31 + 1]
+FLAGS = [0, 1, 4, 4, 5, 5, 5, 8, 0xC, 0xD, 0x20, 0x24, 0x25, 0x2D]
 FIELDS: list[Pair] = [
     (b":method", b"HEAD"), (b":status", b"103"), (b":status", b"204"), (b"content-length", b"5"), (b"content-length", b"0"), (b"x", b"y"),
     (b"X", b"y"), (b"te", b"trailers"), (b"cookie", b"a"), (b"x", b"\n"), (b"connection", b"close"), (b"x", b"y" * 500), (b"", b""),
 ]  # fmt: skip
-LIST = st.builds(
-    lambda start, more: start + more,
-    st.sampled_from([GET, POST, OK, [], [(b"x", b"1")]]),
-    st.lists(st.sampled_from(FIELDS), max_size=3),
-)
-BLOCK = st.one_of(
-    st.builds(literal, LIST, st.sampled_from([0, 0x10, 0x40])),
-    st.sampled_from(
-        [b"\x82\x86\x84\x41\1a", b"\x82\x86\x84\xbe", b"\x20", b"\xbe\xbf\xc0", b"\x80", b"\x88"]
-    ),
-    st.binary(max_size=12),
-)
-LONG = st.sampled_from([0, 1, 2, 3, 8, 65535, 2**31 - 1, 2**31, 2**32 - 1]).map(
-    struct.Struct(">L").pack
-)
-SETTING = st.builds(
-    struct.Struct(">HL").pack,
-    st.integers(0, 9),
-    st.sampled_from([0, 1, 2, 10, 4096, 16384, 65535, 2**24 - 1, 2**31 - 1, 2**31]),
-)
-PADDING = st.builds(
-    lambda size, rest: bytes([size]) + rest, st.integers(0, 255), st.binary(max_size=20)
-)
+BLOCKS = [b"\x82\x86\x84\x41\1a", b"\x82\x86\x84\xbe", b"\x20", b"\xbe\xbf\xc0", b"\x80", b"\x88"]
+LONG = [0, 1, 2, 3, 8, 65535, 2**31 - 1, 2**31, 2**32 - 1]
+SETTINGS = [0, 1, 2, 10, 4096, 16384, 65535, 2**24 - 1, 2**31 - 1, 2**31]
 
 
-def frames_of(
-    kind: int, payload: st.SearchStrategy[bytes], flags: st.SearchStrategy[int] = FLAGS
-) -> st.SearchStrategy[bytes]:
-    return st.builds(frame, st.just(kind), flags, STREAM, payload)
+def block(choices: Choices) -> bytes:
+    match choices.below(3):
+        case 0:
+            start = choices.of([GET, POST, OK, [], [(b"x", b"1")]])
+            more = choices.some(3, lambda: choices.of(FIELDS))
+            return literal(start + more, choices.of([0, 0x10, 0x40]))
+        case 1:
+            return choices.of(BLOCKS)
+        case _:
+            return choices.binary(12)
 
 
-NO_FLAGS = st.sampled_from([0, 0, 0, 1])
-FRAME = st.one_of(
-    frames_of(Kind.HEADERS, BLOCK, st.sampled_from([4, 5])),
-    frames_of(Kind.HEADERS, BLOCK),
-    frames_of(Kind.HEADERS, PADDING, st.just(0xD)),
-    frames_of(Kind.CONTINUATION, BLOCK),
-    frames_of(
-        Kind.DATA, st.sampled_from([b"", b"hello", b"hel", bytes(16384)]), st.sampled_from([0, 1])
-    ),
-    frames_of(Kind.DATA, PADDING, st.sampled_from([8, 9])),
-    frames_of(Kind.WINDOW_UPDATE, LONG),
-    frames_of(Kind.RST_STREAM, LONG),
-    frames_of(Kind.PRIORITY, st.builds(lambda number: number + b"\0", LONG)),
-    st.builds(
-        lambda values: frame(Kind.SETTINGS, 0, 0, b"".join(values)), st.lists(SETTING, max_size=3)
-    ),
-    st.builds(lambda flags: frame(Kind.PING, flags, 0, bytes(8)), NO_FLAGS),
-    st.builds(lambda last, code: frame(Kind.GOAWAY, 0, 0, last + code), LONG, LONG),
-    frames_of(Kind.PUSH_PROMISE, BLOCK),
-    st.builds(frame, st.integers(0, 255), FLAGS, STREAM, st.binary(max_size=20)),
-)
+def long(choices: Choices) -> bytes:
+    return struct.pack(">L", choices.of(LONG))
+
+
+def setting(choices: Choices) -> bytes:
+    return struct.pack(">HL", choices.below(10), choices.of(SETTINGS))
+
+
+def padding(choices: Choices) -> bytes:
+    return choices.raw(1) + choices.binary(20)
+
+
+def flags(choices: Choices) -> int:
+    return choices.of(FLAGS) if choices.below(2) else choices.below(256)
+
+
+DATA = [b"", b"hello", b"hel", bytes(16384)]
+FRAMES: list[Callable[[Choices, int], bytes]] = [
+    lambda c, stream: frame(Kind.HEADERS, c.of([4, 5]), stream, block(c)),
+    lambda c, stream: frame(Kind.HEADERS, flags(c), stream, block(c)),
+    lambda c, stream: frame(Kind.HEADERS, 0xD, stream, padding(c)),
+    lambda c, stream: frame(Kind.CONTINUATION, flags(c), stream, block(c)),
+    lambda c, stream: frame(Kind.DATA, c.below(2), stream, c.of(DATA)),
+    lambda c, stream: frame(Kind.DATA, c.of([8, 9]), stream, padding(c)),
+    lambda c, stream: frame(Kind.WINDOW_UPDATE, flags(c), stream, long(c)),
+    lambda c, stream: frame(Kind.RST_STREAM, flags(c), stream, long(c)),
+    lambda c, stream: frame(Kind.PRIORITY, flags(c), stream, long(c) + b"\0"),
+    lambda c, _: frame(Kind.SETTINGS, 0, 0, b"".join(c.some(3, lambda: setting(c)))),
+    lambda c, _: frame(Kind.PING, c.of([0, 0, 0, 1]), 0, bytes(8)),
+    lambda c, _: frame(Kind.GOAWAY, 0, 0, long(c) + long(c)),
+    lambda c, stream: frame(Kind.PUSH_PROMISE, flags(c), stream, block(c)),
+    lambda c, stream: frame(c.below(256), flags(c), stream, c.binary(20)),
+]
+
+
+def any_frame(choices: Choices) -> bytes:
+    """A frame that is nearly right."""
+    return choices.of(FRAMES)(choices, choices.of(STREAMS))
+
+
 # What is right, so that the rest is not all about the first frame: exchanges, or the beginnings of
 # some, on a few streams.
 TRAILERS = (Kind.HEADERS, 5, literal([(b"x", b"1")]))
@@ -106,19 +111,28 @@ SCRIPTS = [
     [(Kind.HEADERS, 4, literal(OK)), SOME, TRAILERS],
     [(Kind.HEADERS, 4, literal(POST)), (Kind.RST_STREAM, 0, b"\0\0\0\x08")],
 ]
-RIGHT = st.builds(
-    lambda number, script, length: b"".join([frame(kind, flags, number, payload) for kind, flags, payload in script[:length]]),
-    st.sampled_from([1, 3, 5]), st.sampled_from(SCRIPTS), st.integers(1, 4),
-)  # fmt: skip
-SEQUENCE = st.lists(st.one_of(FRAME, RIGHT, RIGHT), max_size=8).map(b"".join)
+
+
+def right(choices: Choices) -> bytes:
+    number = choices.of([1, 3, 5])
+    script = choices.of(SCRIPTS)[: 1 + choices.below(4)]
+    return b"".join([frame(kind, flags, number, payload) for kind, flags, payload in script])
+
+
+def sequence(choices: Choices) -> bytes:
+    frames = choices.some(8, lambda: (any_frame, right, right)[choices.below(3)](choices))
+    return b"".join(frames)
+
+
+SEQUENCE = drawn(150, sequence)
 
 
 def run(
     role: Role, pieces: list[bytes]
 ) -> tuple[list[Event], list[tuple[int, int, int, bytes]], bool]:
-    """Events, what was said, and whether the connection was ended by a fault. Credit is given back,
+    """Events, the frames sent, and whether the connection was ended by a fault. Credit is returned,
     and every request answered."""
-    ours = Ours(role, LIMITS)
+    ours = RecordingEngine(role, LIMITS)
     if role is Role.CLIENT:
         for method in (b"GET", b"POST", b"HEAD"):
             ours.request(method, end=method != b"POST")
@@ -126,11 +140,11 @@ def run(
     events: list[Event] = []
     for piece in pieces:
         try:
-            found = ours.hear(piece)
+            found = ours.receive(piece)
         except ProtocolError:
             events += ours.engine.before_fault
-            assert ours.said[-1][0] == Kind.GOAWAY, "not the last word"
-            assert int.from_bytes(ours.said[-1][3][4:8], "big") in set(Code) - {
+            assert ours.sent[-1][0] == Kind.GOAWAY, "not the last word"
+            assert int.from_bytes(ours.sent[-1][3][4:8], "big") in set(Code) - {
                 Code.NO_ERROR,
                 Code.INTERNAL_ERROR,
             }
@@ -144,15 +158,15 @@ def run(
         assert len(ours.engine._buffer) < 16384 + 9
         assert 0 <= ours.engine._open_theirs <= LIMITS.streams
         assert ours.engine.open_streams == ours.engine._open_theirs + ours.engine._open_ours
-    assert not [said for said in ours.said if said[0] == Kind.GOAWAY]
+    assert not [output for output in ours.sent if output[0] == Kind.GOAWAY]
     return [event for event in events if not isinstance(event, WindowOpened)], resets(ours), False
 
 
-def resets(ours: Ours) -> list[tuple[int, int, int, bytes]]:
+def resets(ours: RecordingEngine) -> list[tuple[int, int, int, bytes]]:
     return [
-        said
-        for said in ours.said
-        if said[0] in (Kind.RST_STREAM, Kind.GOAWAY, Kind.PING, Kind.SETTINGS)
+        output
+        for output in ours.sent
+        if output[0] in (Kind.RST_STREAM, Kind.GOAWAY, Kind.PING, Kind.SETTINGS)
     ]
 
 
@@ -205,11 +219,11 @@ def hold(role: Role, sent: bytes) -> None:
 )
 def test_whatever_follows_a_part_of_the_preface(sent: bytes, length: int) -> None:
     def begin(pieces: list[bytes]) -> bool:
-        ours = Ours(greeted=False)
+        ours = RecordingEngine(greeted=False)
         try:
-            ours.hear(*pieces)
+            ours.receive(*pieces)
         except ProtocolError:
-            assert ours.said[-1][0] == Kind.GOAWAY
+            assert ours.sent[-1][0] == Kind.GOAWAY
             return True
         return False
 
@@ -217,14 +231,17 @@ def test_whatever_follows_a_part_of_the_preface(sent: bytes, length: int) -> Non
 
 
 @settings(max_examples=200, deadline=None)
-@given(sent=st.lists(FRAME, max_size=12), seed=st.integers(0, 2**16))
+@given(
+    sent=drawn(200, lambda choices: choices.some(12, lambda: any_frame(choices))),
+    seed=st.integers(0, 2**16),
+)
 def test_what_is_answered_in_between_breaks_nothing(sent: list[bytes], seed: int) -> None:
     source = random.Random(seed)
-    ours = Ours(limits=LIMITS)
+    ours = RecordingEngine(limits=LIMITS)
     numbers: list[int] = []
     for piece in [*sent, settings_frame()]:
         try:
-            events = ours.hear(piece)
+            events = ours.receive(piece)
         except ProtocolError:
             return
         for event in events:
@@ -236,7 +253,7 @@ def test_what_is_answered_in_between_breaks_nothing(sent: list[bytes], seed: int
             speak(ours, number, source.randrange(4))
 
 
-def speak(ours: Ours, number: int, what: int) -> None:
+def speak(ours: RecordingEngine, number: int, what: int) -> None:
     engine = ours.engine
     try:
         if what == 0:
@@ -249,13 +266,13 @@ def speak(ours: Ours, number: int, what: int) -> None:
             engine.reset(number, Code.CANCEL)
     except StreamGone:
         pass
-    ours.hear()
+    ours.receive()
 
 
 def kinds(role: Role, sent: bytes) -> set[str]:
-    events, said, over = run(role, [sent])
+    events, output, over = run(role, [sent])
     found = {type(event).__name__ for event in events} | {
-        Kind(kind).name for kind, *_ in said if kind == Kind.RST_STREAM
+        Kind(kind).name for kind, *_ in output if kind == Kind.RST_STREAM
     }
     return found | {"the end" if over else "no end"}
 

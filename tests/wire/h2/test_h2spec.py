@@ -1,9 +1,8 @@
-"""The conformance suite h2spec against a small server over our engine, on the loopback interface.
+"""The conformance suite h2spec against a small server with our engine, on the loopback interface.
 
-It runs when there is an h2spec: in PATH, or named by ISTHMUS_TEST_H2SPEC. All of its cases are
-expected to pass: those of RFC 7540 that RFC 9113 has made a matter of choice (a stream that depends
-on itself) are read here as RFC 7540 has them.
-"""
+It runs when there is an h2spec: in PATH, or named by ISTHMUS_TEST_H2SPEC. All of its cases must
+pass. Some cases of RFC 7540 are optional in RFC 9113 (a stream that depends on itself); the engine
+follows RFC 7540 there."""
 
 from __future__ import annotations
 

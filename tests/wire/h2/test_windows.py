@@ -1,5 +1,5 @@
-"""Windows and numbers of streams that change while a connection lives, and reads that bring more
-streams than are begun at a time."""
+"""Windows and numbers of streams that change during a connection, and reads with more streams than
+are started at a time."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from hypothesis import strategies as st
 from proxy.wire.h2.events import DataReceived, HeadReceived, Http2Limits, WindowOpened
 from proxy.wire.h2.frames import END_HEADERS, Code, Kind, Setting
 from proxy.wire.messages import ResponseHead
-from tests.kit.http2 import POST, Ours, data, headers, long, settings
+from tests.kit.http2 import POST, RecordingEngine, data, headers, long, settings
 
 LIMITS = Http2Limits(streams=256, stream_window=65536, connection_window=1024 * 1024)
 
 
-def test_a_stream_whose_window_is_opened_by_settings_hears_of_it() -> None:
-    ours = Ours()
-    ours.hear(headers(1), headers(3))
+def test_a_stream_whose_window_is_opened_by_settings_is_reported() -> None:
+    ours = RecordingEngine()
+    ours.receive(headers(1), headers(3))
     engine = ours.engine
     engine.send_response(1, ResponseHead(200), end=False)
     engine.send_response(3, ResponseHead(200), end=False)
     engine.send_data(1, bytes(65535), end=False)
-    ours.hear(long(Kind.WINDOW_UPDATE, 0, 65535))
-    events = ours.hear(settings((Setting.INITIAL_WINDOW_SIZE, 65536)))
+    ours.receive(long(Kind.WINDOW_UPDATE, 0, 65535))
+    events = ours.receive(settings((Setting.INITIAL_WINDOW_SIZE, 65536)))
     assert [event.stream for event in events if isinstance(event, WindowOpened)] == [1, 0]
-    assert ours.hear(settings((Setting.INITIAL_WINDOW_SIZE, 65537)))[:-1] == []
+    assert ours.receive(settings((Setting.INITIAL_WINDOW_SIZE, 65537)))[:-1] == []
 
 
-def test_streams_of_one_read_are_begun_some_at_a_time() -> None:
-    engine = Ours().engine
+def test_streams_of_one_read_are_started_some_at_a_time() -> None:
+    engine = RecordingEngine().engine
     begun = [
         len(engine.receive_data(b"".join(headers(number) for number in range(1, 201, 2)), 1.0))
     ]
@@ -40,11 +40,11 @@ def test_streams_of_one_read_are_begun_some_at_a_time() -> None:
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
-def test_however_a_read_is_divided_the_same_streams_are_begun(sizes: list[int]) -> None:
+def test_however_a_read_is_divided_the_same_streams_are_started(sizes: list[int]) -> None:
     whole = b"".join(
         headers(number, POST, END_HEADERS) + data(number, b"x" * 10) for number in range(1, 301, 2)
     )
-    engine, seen, at = Ours().engine, list[tuple[str, int]](), 0
+    engine, seen, at = RecordingEngine().engine, list[tuple[str, int]](), 0
     pieces = []
     for size in sizes:
         pieces.append(whole[at : at + size])
@@ -64,47 +64,47 @@ def test_however_a_read_is_divided_the_same_streams_are_begun(sizes: list[int]) 
 
 
 def test_more_streams_than_may_be_open_are_refused_and_counted() -> None:
-    ours = Ours(limits=LIMITS)
+    ours = RecordingEngine(limits=LIMITS)
     ours.engine.stream_limit = 3
-    ours.hear(b"".join(headers(number) for number in range(1, 11, 2)))
+    ours.receive(b"".join(headers(number) for number in range(1, 11, 2)))
     assert ours.codes(Kind.RST_STREAM) == [(7, Code.REFUSED_STREAM), (9, Code.REFUSED_STREAM)]
     assert (ours.engine.refused, ours.engine.opened_by_peer) == (2, 3)
     ours.engine.stream_limit = 4
-    ours.hear(headers(11))
+    ours.receive(headers(11))
     assert ours.engine.opened_by_peer == 4
 
 
-def given_back(ours: Ours) -> int:
-    """Bytes that the connection's window was moved by."""
+def given_back(ours: RecordingEngine) -> int:
+    """The bytes by which the connection's window was enlarged."""
     return sum(
         int.from_bytes(payload, "big")
-        for kind, _, stream, payload in ours.said
+        for kind, _, stream, payload in ours.sent
         if kind == Kind.WINDOW_UPDATE and stream == 0
     )
 
 
-def upload(ours: Ours, size: int, first: int = 1) -> None:
+def upload(ours: RecordingEngine, size: int, first: int = 1) -> None:
     """On new streams, each within its window; nothing is consumed."""
     number = first
     while size > 0:
-        ours.hear(headers(number, POST, END_HEADERS))
+        ours.receive(headers(number, POST, END_HEADERS))
         for _ in range(4):
             part = min(size, 16384)
             if part > 0:
-                ours.hear(data(number, bytes(part)))
+                ours.receive(data(number, bytes(part)))
             size -= part
         number += 2
 
 
 def test_a_smaller_window_is_reached_as_the_peer_uses_up_what_it_has() -> None:
-    ours = Ours(limits=LIMITS)
+    ours = RecordingEngine(limits=LIMITS)
     upload(ours, 600_000)
     engine = ours.engine
     engine.resize(128 * 1024)
     assert given_back(ours) == 0
     for _ in range(4):
         engine.consumed(0, 100_000)
-    ours.hear(b"")  # what it says is taken down
+    ours.receive(b"")  # its output is recorded
     assert given_back(ours) == 0
     assert engine._window + engine._held > 128 * 1024  # what was announced stays
     engine.consumed(0, 200_000)
@@ -117,13 +117,13 @@ def test_a_smaller_window_is_reached_as_the_peer_uses_up_what_it_has() -> None:
 
 @pytest.mark.parametrize("size", [0, 1000, 65535, 10**9])
 def test_a_window_has_its_bounds(size: int) -> None:
-    engine = Ours(limits=LIMITS).engine
+    engine = RecordingEngine(limits=LIMITS).engine
     engine.resize(size)
     assert engine._target == min(max(size, 65535), LIMITS.connection_window)
 
 
 def test_a_window_that_grows_again_is_announced() -> None:
-    ours = Ours(limits=LIMITS)
+    ours = RecordingEngine(limits=LIMITS)
     engine = ours.engine
     engine.resize(65535)
     upload(ours, 1024 * 1024 - 10_000)
@@ -132,5 +132,5 @@ def test_a_window_that_grows_again_is_announced() -> None:
     assert engine._window < 70_000
     engine.resize(10**9)
     assert engine._window == LIMITS.connection_window
-    ours.hear(b"")
+    ours.receive(b"")
     assert given_back(ours) >= LIMITS.connection_window - 70_000
