@@ -7,25 +7,29 @@ connection gets one request. The number of connections and their time are limite
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import h11
 import trio
 
 from proxy.metric_families import CONTENT_TYPE
+from proxy.settings.declare import Section, number, octets, seconds
 
 _TEXT = "text/plain; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True)
-class AdminLimits:
-    """`max_connections`: open connections; others are closed at once. `timeout`: seconds for one
-    request and its response. The settings `admin.*` have the same names.
-    """
+class AdminLimits(Section, frozen=True):
+    """The admin listener."""
 
-    max_connections: int = 64
-    timeout: float = 5.0
-    max_head_bytes: int = 8 * 1024
+    max_connections: Annotated[
+        int, number(1, 100_000, "maximum open connections; above: new ones are closed")
+    ] = 64
+    timeout: Annotated[float, seconds(0.1, 300, "maximum time for a request and its response")] = (
+        5.0
+    )
+    max_head_bytes: Annotated[
+        int, octets(2**10, 2**20, "maximum size of the head of a request")
+    ] = 8 * 1024
 
 
 class Admin:

@@ -26,7 +26,7 @@ from control.admin import Admin
 from control.channel.server import About, Channel
 from control.config import Settings
 from control.discovery.catalog import Changes
-from control.discovery.discovery import Discovery
+from control.discovery.discovery import Discovery, Watching
 from control.kube.client import Client
 from control.kube.leases import Election
 from control.kube.objects import ObjectReference
@@ -79,12 +79,13 @@ class Control:
         self.config = config
         self.client = client
         settings = config.settings
+        watching = Watching(settings.watch, settings.backoff)
         self.discovery = Discovery(
-            client, config.trust_domain, self._on_changes, settings.changes(), settings.watching()
+            client, config.trust_domain, self._on_changes, settings.discovery, watching
         )
         lease = config.namespace, settings.lease.name
-        self.election = Election(client, lease, config.identity, settings.leadership())
-        self.recorder = Recorder(client, CONTROLLER, config.identity, settings.recording())
+        self.election = Election(client, lease, config.identity, settings.lease)
+        self.recorder = Recorder(client, CONTROLLER, config.identity, settings.events)
         self.identity: Identity | None = None
         self.channel: Channel | None = None
         if config.channel is not None:
@@ -95,7 +96,7 @@ class Control:
             self.channel = Channel(
                 self.discovery.catalog,
                 self.identity,
-                settings.proxies(),
+                settings.channel,
                 About(config.identity, config.channel.networks, config.channel.domain),
             )
         self._reported: dict[Key, tuple[str, ...]] = {}
@@ -108,7 +109,7 @@ class Control:
         """Run until SIGTERM or SIGINT, then release the lease. Owns the listeners of the admin
         pages and of the channel."""
         parts = Parts(self.discovery, self.election, self.recorder, self.client, self.channel)
-        admin = Admin(self.not_ready, Metrics(parts).render, self.config.settings.listener())
+        admin = Admin(self.not_ready, Metrics(parts).render, self.config.settings.admin)
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from control.app import ChannelConfig, Control, ControlConfig
-from control.config import ConfigError, load
+from control.config import load
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
 from control.kube.client import Client
@@ -23,6 +23,7 @@ from control.kube.errors import AccessError
 from proxy.identity.identity import MaterialError, MaterialFiles
 from proxy.net.accept import BindFailed, bind
 from proxy.net.address import Address
+from proxy.settings.sources import ConfigError
 
 # EX_USAGE of sysexits.h: the command line or a file that it names is not usable.
 USAGE = 64
@@ -187,7 +188,7 @@ async def _main(config: ControlConfig, access: Access) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # the soft limit is often 1024; each proxy needs one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    control = Control(config, Client(access, config.settings.limits()))
+    control = Control(config, Client(access, config.settings.api))
     proxies = _bind(config.channel.listen) if config.channel is not None else []
     listeners = []
     if config.admin is not None:

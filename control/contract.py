@@ -1,8 +1,8 @@
 """What discovery shares with the proxies: names of identities, protocol hints, and the format of a
 directory's document.
 
-Discovery uses nothing else of `proxy`. The channel to proxies also uses the proxies' TLS, listeners
-and messages. `proxy` uses nothing of `control`.
+Of `proxy`, discovery uses only this and the declaration of settings. The channel to proxies also
+uses the proxies' TLS, listeners and messages. `proxy` uses nothing of `control`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from OpenSSL import SSL
 from lab.console import print_table
 from perf.loads import wrk
 from perf.pair import Proxy, pair
-from proxy.config.schema import LogConfig
+from proxy.config.schema_process import LogConfig
 from proxy.telemetry.log import RequestLine, configure, log_request
 from proxy.telemetry.metrics import Metrics
 from proxy.wire.h1.fast_head import (

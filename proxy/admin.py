@@ -32,7 +32,7 @@ from typing import Final
 
 import trio
 
-from proxy.config.schema import AdminConfig
+from proxy.config.schema_process import AdminConfig
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler, Whole, stack
 from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.layers import deadline, rescue

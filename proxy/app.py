@@ -40,8 +40,8 @@ import trio
 from loopguard import OwnListeners
 from proxy.admin import Admin, Status
 from proxy.balancing.balancer import Balancer
-from proxy.config.load import Config
-from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
+from proxy.config.schema import Config
+from proxy.config.schema_traffic import GatewayConfig, InboundConfig, OutboundConfig
 from proxy.directory import DirectoryError, Endpoint
 from proxy.directory.channel.source import ControlSource
 from proxy.directory.watcher import IdentityLoss

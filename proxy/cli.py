@@ -136,8 +136,9 @@ def _run(args: argparse.Namespace) -> int:
     from proxy.net.tls.openssl_config import configure
 
     configure(os.environ)
-    from proxy.config.load import SETTLE, ConfigError, load
+    from proxy.config.load import load
     from proxy.errors import StartError
+    from proxy.settings.sources import SETTLE, ConfigError
 
     overrides = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
     if args.workers is not None:

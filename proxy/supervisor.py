@@ -53,7 +53,7 @@ import trio
 
 import proxy
 from proxy.admin import Admin, Status
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.errors import StartError
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.liveness import Liveness

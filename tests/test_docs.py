@@ -22,10 +22,10 @@ from control.config import Settings
 from perf import pair
 from proxy import directory, errors
 from proxy.config import load as config
-from proxy.config.units import GrpcCode
 from proxy.directory.clusters import GATEWAY_PORT
 from proxy.errors import Answer
 from proxy.intercept.nftables import InterceptSettings
+from proxy.settings.units import GrpcCode
 from proxy.telemetry import metrics
 from tests.kit.documents import ROOT, table
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from proxy import files
-from proxy.config.load import ConfigError, load
+from proxy.config.load import load
 from proxy.directory import DirectoryError, parse
 from proxy.directory.watcher import Acceptance, DirectorySource, IdentityLoss
 from proxy.files import FileUnusable, Settling, read_settled
@@ -34,6 +34,7 @@ from proxy.identity.identity import (
 )
 from proxy.identity.issue import Issued, issue, make_root
 from proxy.net.address import Address
+from proxy.settings.sources import ConfigError
 
 A, B = (f"spiffe://cluster.local/ns/default/sa/{name}" for name in "ab")
 TWO = f"""services:

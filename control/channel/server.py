@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import trio
 
@@ -43,6 +44,7 @@ from proxy.net.accept import Acceptor, Connection
 from proxy.net.connection_slots import Bounds
 from proxy.net.exceptions import NetError
 from proxy.net.tls.handshake import TLSStream, tls_server
+from proxy.settings.declare import Section, number, octets, seconds
 
 _log = logging.getLogger("isthmus.control")
 
@@ -50,24 +52,59 @@ _log = logging.getLogger("isthmus.control")
 _BATCH = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelLimits:
-    """Limits of the channel. `max_handshakes`: connections whose peer is not known yet, in addition
-    to `max_connections`. `max_subscriptions`: of one proxy. `max_message_bytes`: the longest
-    message to a proxy. `heartbeat_interval`: a connection is dead when `max_missed_heartbeats` are
-    missing. `max_age`: of a connection, varied by a quarter. Times in seconds. The settings
-    `channel.*` have the same names."""
+class ChannelLimits(Section, frozen=True):
+    """The connections of proxies."""
 
-    max_connections: int = 5000
-    max_connections_per_identity: int = 2000
-    max_handshakes: int = 256
-    max_subscriptions: int = 4096
-    max_message_bytes: int = 8 * 1024 * 1024
-    handshake_timeout: float = 10.0
-    write_timeout: float = 10.0
-    heartbeat_interval: float = 15.0
-    max_missed_heartbeats: int = 3
-    max_age: float = 3600.0
+    max_connections: Annotated[
+        int, number(1, 1_000_000, "maximum proxies that are connected; above: new ones are closed")
+    ] = 5000
+    max_connections_per_identity: Annotated[
+        int,
+        number(1, 1_000_000, "maximum connections of one identity; above: new ones are closed"),
+    ] = 2000
+    max_handshakes: Annotated[
+        int,
+        number(
+            1,
+            100_000,
+            "maximum connections whose peer is not known yet, in addition to `max_connections`",
+        ),
+    ] = 256
+    max_subscriptions: Annotated[
+        int, number(16, 1_000_000, "maximum entries that one proxy follows; above: it is refused")
+    ] = 4096
+    max_message_bytes: Annotated[
+        int,
+        octets(
+            64 * 2**10,
+            2**30,
+            "maximum size of a message to a proxy; above: the proxy does not get the entry",
+        ),
+    ] = 8 * 1024 * 1024
+    handshake_timeout: Annotated[
+        float, seconds(0.1, 300, "maximum time for the TLS handshake, and for the first message")
+    ] = 10.0
+    write_timeout: Annotated[
+        float,
+        seconds(0.1, 300, "maximum time for sending to a proxy; above: the connection is closed"),
+    ] = 10.0
+    heartbeat_interval: Annotated[
+        float, seconds(1, 300, "time without a message after which both sides send one")
+    ] = 15.0
+    max_missed_heartbeats: Annotated[
+        int, number(2, 100, "a connection is dead when so many heartbeats are missing")
+    ] = 3
+    max_age: Annotated[
+        float,
+        seconds(
+            10,
+            7 * 86400,
+            "maximum age of a connection, varied by a quarter; then the proxy connects again",
+        ),
+    ] = 3600.0
+    reload_interval: Annotated[
+        float, seconds(0.1, 3600, "time between two checks of the certificate, key and roots")
+    ] = 10.0
 
 
 @dataclass(slots=True)

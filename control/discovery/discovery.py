@@ -14,30 +14,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import trio
 
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.facts import node_zone, pod_fact, service_fact, slice_fact
+from control.kube.backoff import BackoffRules
 from control.kube.client import Client, Selection
 from control.kube.reflector import Reflector, WatchRules
 from control.kube.resources import NODES, PODS, SERVICES, SLICES, Key
+from proxy.settings.declare import Section, seconds
 
 _log = logging.getLogger("isthmus.control")
 
 RUNNING = Selection(fields="status.phase!=Succeeded,status.phase!=Failed")
 
 
-@dataclass(frozen=True, slots=True)
-class DiscoveryRules:
-    """In seconds. `settle_time`: how long no change may come before changes are reported.
-    `max_delay`: the longest wait for that. The settings `discovery.*` have the same names.
-    """
+class DiscoveryRules(Section, frozen=True):
+    """Changes of the directory."""
 
-    settle_time: float = 0.05
-    max_delay: float = 0.5
+    settle_time: Annotated[
+        float, seconds(0, 10, "changes are reported when none has come for this time")
+    ] = 0.05
+    max_delay: Annotated[float, seconds(0, 60, "maximum time until changes are reported")] = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """How objects are listed and watched."""
+
+    rules: WatchRules = field(default_factory=WatchRules)
+    backoff: BackoffRules = field(default_factory=BackoffRules)
 
 
 class Discovery:
@@ -51,7 +60,7 @@ class Discovery:
         trust_domain: str,
         on_changes: Callable[[Changes], None],
         rules: DiscoveryRules | None = None,
-        watching: WatchRules | None = None,
+        watching: Watching | None = None,
     ) -> None:
         self.catalog = Catalog(trust_domain)
         self.ready = trio.Event()  # set after the first report, which has everything
@@ -65,8 +74,9 @@ class Discovery:
             Reflector(client, SERVICES, service_fact, self._observer(catalog.service)),
             Reflector(client, SLICES, slice_fact, self._observer(catalog.slice)),
         )
+        watching = watching or Watching()
         for reflector in self.reflectors:
-            reflector.rules = watching or WatchRules()
+            reflector.rules, reflector.backoff = watching.rules, watching.backoff
 
     def _observer(self, put: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
         def observe(key: Key, fact: Any) -> None:

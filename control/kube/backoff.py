@@ -8,19 +8,22 @@ failure the delays start again at `min_delay`. The numbers are those of client-g
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from typing import Annotated
+
+from proxy.settings.declare import Section, ratio, seconds
 
 
-@dataclass(frozen=True, slots=True)
-class BackoffRules:
-    """In seconds, except `jitter`: the largest random part of a delay, as a fraction of it. The
-    settings `backoff.*` have the same names.
-    """
+class BackoffRules(Section, frozen=True):
+    """Delays between attempts of a list or a watch."""
 
-    min_delay: float = 0.8
-    max_delay: float = 30.0
-    jitter: float = 1.0
-    reset_after: float = 120.0
+    min_delay: Annotated[float, seconds(0.1, 60, "first delay; each failure doubles it")] = 0.8
+    max_delay: Annotated[float, seconds(0.1, 600, "maximum delay, without jitter")] = 30.0
+    jitter: Annotated[
+        float, ratio(0, 10, "maximum random part that is added to a delay, as a fraction of it")
+    ] = 1.0
+    reset_after: Annotated[
+        float, seconds(0, 3600, "time without a failure after which delays start at `min_delay`")
+    ] = 120.0
 
 
 class Backoff:

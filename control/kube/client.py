@@ -15,19 +15,20 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
 import trio
 
 from control.kube import objects
-from control.kube.access import Access
+from control.kube.access import FRESH, Access
 from control.kube.backoff import Backoff, BackoffRules
 from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.http import Connection, Head, Request
 from control.kube.objects import Page, Status
 from control.kube.resources import Resource, decode
+from proxy.settings.declare import Section, number, octets, seconds
 
 T = TypeVar("T", bound=objects.Object)
 
@@ -41,24 +42,75 @@ _JSON = ("Content-Type", "application/json")
 _status = msgspec.json.Decoder(Status)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Times are in seconds, sizes in bytes. `max_response_bytes` limits one response, so a page of
-    a list. `max_error_bytes` is how much is read of the body of an error response. `idle_timeout`:
-    how long an idle connection is kept. The settings `api.*` have the same names.
-    """
+class ClientLimits(Section, frozen=True):
+    """Requests to the API server."""
 
-    connect_timeout: float = 10.0
-    response_timeout: float = 30.0
-    request_timeout: float = 60.0
-    max_response_bytes: int = 32 * 1024 * 1024
-    max_head_bytes: int = 32 * 1024
-    max_error_bytes: int = 64 * 1024
-    max_attempts: int = 4
-    max_retry_after: float = 30.0
-    max_connections: int = 8
-    max_idle_connections: int = 2
-    idle_timeout: float = 30.0
+    connect_timeout: Annotated[
+        float, seconds(0.1, 300, "maximum time for a connection and its TLS handshake")
+    ] = 10.0
+    response_timeout: Annotated[
+        float, seconds(0.1, 600, "maximum time from a request to the head of its response")
+    ] = 30.0
+    request_timeout: Annotated[
+        float,
+        seconds(
+            0.1, 3600, "maximum time for one attempt of a request, with its wait for a connection"
+        ),
+    ] = 60.0
+    max_response_bytes: Annotated[
+        int,
+        octets(
+            64 * 2**10,
+            2**30,
+            "maximum size of a response; above: a list is requested in smaller pages, and any"
+            " other request fails",
+        ),
+    ] = 32 * 1024 * 1024
+    max_head_bytes: Annotated[
+        int, octets(4 * 2**10, 2**20, "maximum size of the head of a response")
+    ] = 32 * 1024
+    max_error_bytes: Annotated[
+        int,
+        octets(
+            2**10, 2**20, "maximum size of an error response; above: only its status code is used"
+        ),
+    ] = 64 * 1024
+    max_attempts: Annotated[
+        int,
+        number(
+            1, 100, "maximum attempts of a request that can safely be repeated; lists have one each"
+        ),
+    ] = 4
+    max_retry_after: Annotated[
+        float,
+        seconds(
+            0,
+            3600,
+            "maximum `Retry-After` that a request obeys; above: it fails. The delay between two"
+            " attempts is at most half of it, without jitter",
+        ),
+    ] = 30.0
+    max_connections: Annotated[
+        int,
+        number(
+            1,
+            1000,
+            "maximum concurrent requests; others wait. Each watch has a connection in addition",
+        ),
+    ] = 8
+    max_idle_connections: Annotated[int, number(0, 1000, "maximum idle connections")] = 2
+    idle_timeout: Annotated[
+        float, seconds(0, 3600, "maximum time that an idle connection is kept")
+    ] = 30.0
+    credentials_interval: Annotated[
+        float,
+        seconds(
+            1,
+            3600,
+            "time between two reads of the files with the token and the certificates; after a 401"
+            " the token is read at once",
+        ),
+    ] = FRESH
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +188,12 @@ class Client:
     def __init__(
         self,
         access: Access,
-        limits: Limits | None = None,
+        limits: ClientLimits | None = None,
         dial: Dial = connect,
         chance: random.Random | None = None,
     ) -> None:
         self.access = access
-        self.limits = limits or Limits()
+        self.limits = limits or ClientLimits()
         self.requests = 0
         self.refusals = 0
         self._dial = dial

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
 import trio
@@ -23,20 +23,41 @@ from control.kube.error_log import ErrorLog
 from control.kube.errors import KubeError, Refused
 from control.kube.objects import Lease, LeaseSpec, Meta
 from control.kube.resources import LEASES
+from proxy.settings.declare import Section, described, seconds
 
 _log = logging.getLogger("isthmus.control")
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRules:
-    """In seconds. `release_timeout`: for the request that releases the lease at the end. The
-    settings `lease.*` have the same names.
-    """
+class LeaseRules(Section, frozen=True):
+    """The Lease of the leader."""
 
-    duration: int = 15
-    renew_timeout: float = 10.0
-    retry_interval: float = 2.0
-    release_timeout: float = 2.0
+    name: Annotated[
+        str, described("name of the Lease; replicas with the same name form a group")
+    ] = "isthmus-control"
+    # Whole seconds in the API.
+    duration: Annotated[
+        float,
+        seconds(
+            2,
+            3600,
+            "time after its last renewal in which no other replica takes the lease; whole seconds",
+        ),
+    ] = 15.0
+    renew_timeout: Annotated[
+        float,
+        seconds(
+            1,
+            3600,
+            "time without a renewal after which the leader stops leading; less than `duration`",
+        ),
+    ] = 10.0
+    retry_interval: Annotated[
+        float,
+        seconds(0.1, 600, "time between two renewals, and between two attempts to get the lease"),
+    ] = 2.0
+    release_timeout: Annotated[
+        float, seconds(0, 60, "maximum time to release the lease when the process ends")
+    ] = 2.0
 
 
 class Election:
@@ -174,7 +195,7 @@ class Election:
         ours = before.holder_identity == self.identity
         turns = (before.lease_transitions or 0) + (not ours and before.holder_identity is not None)
         acquired = before.acquire_time if ours else now
-        return LeaseSpec(self.identity, self._rules.duration, acquired, now, turns)
+        return LeaseSpec(self.identity, int(self._rules.duration), acquired, now, turns)
 
     async def _release(self) -> None:
         """Release the lease, if this replica still holds it, so that another one can take it at

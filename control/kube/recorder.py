@@ -12,6 +12,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Annotated
 
 import trio
 
@@ -20,6 +21,7 @@ from control.kube.error_log import ErrorLog
 from control.kube.errors import KubeError
 from control.kube.objects import Event, Meta, ObjectReference
 from control.kube.resources import EVENTS
+from proxy.settings.declare import Section, number, seconds
 
 # Limits of the API server (validation of events.k8s.io/v1).
 _MOST_NOTE = 1024
@@ -28,19 +30,28 @@ _MOST_WORD = 128
 _MOST_NAME = 230
 
 
-@dataclass(frozen=True, slots=True)
-class RecorderRules:
-    """`max_queued`: events in the queue. `max_remembered`: events that are kept to count
-    repetitions, for `forget_after` seconds each. `repeat_interval`: seconds between two writes of
-    the same event. `interval`: seconds between any two writes. The settings `events.*` have the
-    same names.
-    """
+class RecorderRules(Section, frozen=True):
+    """Kubernetes events about Services with a problem."""
 
-    max_queued: int = 256
-    max_remembered: int = 1024
-    forget_after: float = 360.0
-    repeat_interval: float = 60.0
-    interval: float = 0.2
+    max_queued: Annotated[
+        int, number(1, 100_000, "maximum events that wait; above: the oldest is dropped")
+    ] = 256
+    max_remembered: Annotated[
+        int,
+        number(
+            1,
+            100_000,
+            "maximum events that are kept to count their repetitions; above: the least recent one"
+            " is forgotten",
+        ),
+    ] = 1024
+    forget_after: Annotated[
+        float, seconds(1, 86400, "time for which an event is kept to count its repetitions")
+    ] = 360.0
+    repeat_interval: Annotated[
+        float, seconds(1, 86400, "minimum time between two writes of the same event")
+    ] = 60.0
+    interval: Annotated[float, seconds(0.01, 60, "minimum time between any two writes")] = 0.2
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Generic, Literal, TypeVar
 
 import trio
 
@@ -43,6 +43,7 @@ from control.kube.error_log import ErrorLog
 from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.resources import Key, Resource, key_of
 from control.kube.watching import Bookmark, Change, Lines, event_of
+from proxy.settings.declare import Section, number, octets, seconds
 
 S = TypeVar("S", bound=objects.Object)
 T = TypeVar("T")
@@ -50,30 +51,50 @@ T = TypeVar("T")
 State = Literal["listing", "watching", "waiting"]
 
 
-@dataclass(frozen=True, slots=True)
-class WatchRules:
-    """Times are in seconds, sizes in bytes. The settings `watch.*` have the same names.
+class WatchRules(Section, frozen=True):
+    """Lists and watches."""
 
-    `page_size`: objects in a page. `max_objects`: objects in all. `max_event_bytes`: one line of a
-    watch, so one object. `silence_timeout`: the longest time without data on a watch.
-    `stream_timeout`: the longest time without a new object in a streamed list; after it the server
-    is assumed not to support streamed lists. `list_timeout`: the longest time for a whole list.
-    `min_duration` and `max_duration`: the range of the requested watch timeout. `min_healthy`: a
-    watch that ends sooner counts as a fault. `max_retry_after`: the longest Retry-After that is
-    obeyed.
-    """
-
-    page_size: int = 500
-    max_objects: int = 500_000
-    max_event_bytes: int = 8 * 1024 * 1024
-    silence_timeout: float = 150.0
-    stream_timeout: float = 60.0
-    list_timeout: float = 600.0
-    min_duration: float = 300.0
-    max_duration: float = 600.0
-    min_healthy: float = 5.0
-    max_retry_after: float = 300.0
-    backoff: BackoffRules = field(default_factory=BackoffRules)
+    page_size: Annotated[int, number(1, 10_000, "objects in a page of a list")] = 500
+    max_objects: Annotated[
+        int,
+        number(
+            100,
+            100_000_000,
+            "maximum objects of one kind; above: the last complete list stays in use",
+        ),
+    ] = 500_000
+    max_event_bytes: Annotated[
+        int, octets(64 * 2**10, 2**30, "maximum size of one event of a watch, so of one object")
+    ] = 8 * 1024 * 1024
+    # Bookmarks come about once a minute.
+    silence_timeout: Annotated[
+        float, seconds(90, 3600, "maximum time without data; above: the watch is started again")
+    ] = 150.0
+    stream_timeout: Annotated[
+        float,
+        seconds(
+            1,
+            3600,
+            "maximum time without a new object in a streamed list; above: the list is requested in"
+            " pages",
+        ),
+    ] = 60.0
+    list_timeout: Annotated[float, seconds(1, 3600, "maximum time for a complete list")] = 600.0
+    min_duration: Annotated[
+        float, seconds(10, 3600, "shortest watch that is requested (`timeoutSeconds`)")
+    ] = 300.0
+    max_duration: Annotated[
+        float,
+        seconds(
+            10, 3600, "longest watch that is requested; each one is a random time from this range"
+        ),
+    ] = 600.0
+    min_healthy: Annotated[
+        float, seconds(0, 60, "a watch that the server ends sooner counts as a failure")
+    ] = 5.0
+    max_retry_after: Annotated[
+        float, seconds(0, 3600, "maximum `Retry-After` that is obeyed; above: this time is used")
+    ] = 300.0
 
 
 @dataclass(slots=True)
@@ -118,6 +139,7 @@ class Reflector(Generic[S, T]):
         self._log = ErrorLog(f"list and watch of {resource.plural}")
         self.last_data = float("-inf")  # when data last came from the server
         self.rules = WatchRules()
+        self.backoff = BackoffRules()
         self.chance = random.Random()  # noqa: S311  # it spreads load
         self._client = client
         self._keep = keep
@@ -131,7 +153,7 @@ class Reflector(Generic[S, T]):
 
     async def run(self) -> None:
         """Keep the copy up to date, until cancelled."""
-        backoff = Backoff(self.rules.backoff, self.chance)
+        backoff = Backoff(self.backoff, self.chance)
         self._page = self.rules.page_size
         while True:
             began = trio.current_time()

@@ -20,14 +20,15 @@ import dns.rdatatype
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config.load import Config, ConfigError
 from proxy.config.resolv_conf import Resolvers
-from proxy.config.schema import DnsConfig
+from proxy.config.schema import Config
+from proxy.config.schema_clusters import DnsConfig
 from proxy.dns.answers import PROBE, PROBE_TEXT
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed, NetError
+from proxy.settings.sources import ConfigError
 
 _NAME = "names"
 _INSTALL = (

@@ -21,7 +21,7 @@ from functools import partial
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.directory import Directory, Endpoint
 from proxy.identity.identity import ALPN_HTTP1, Identity, PeerRefused, SpiffeId
 from proxy.net.dial import Dialer

@@ -26,7 +26,7 @@ import h11
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.net.accept import BindFailed, bind, original_destination
 from proxy.net.address import Address
 from proxy.net.dial import Dialer

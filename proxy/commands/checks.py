@@ -17,7 +17,7 @@ from cryptography import x509
 from proxy import directory
 from proxy.commands.directory import counted
 from proxy.config import load as config
-from proxy.config.load import Config, ConfigError
+from proxy.config.schema import Config
 from proxy.directory import Directory, DirectoryError, watcher
 from proxy.directory.channel.connector import Connector
 from proxy.directory.channel.messages import ChannelError, Hello
@@ -28,6 +28,7 @@ from proxy.identity.identity import WARN_AT, Identity, MaterialError, MaterialFi
 from proxy.identity.inspect import expiry_in_words, in_words, life_left
 from proxy.net.dial import Dialer
 from proxy.net.tls.expiry import Expiries
+from proxy.settings.sources import ConfigError
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 

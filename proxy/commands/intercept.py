@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxy.config import load as config
-from proxy.config.document import DocumentError
 from proxy.config.resolv_conf import Resolvers
-from proxy.config.schema import DnsConfig
+from proxy.config.schema_clusters import DnsConfig
 from proxy.intercept import nftables
 from proxy.intercept.nftables import Captured, InterceptError, InterceptSettings, SettingsInvalid
 from proxy.net.address import Address
+from proxy.settings.document import DocumentError
+from proxy.settings.sources import PREFIX
 
 DESCRIPTION = """\
 Redirects the TCP traffic of this network namespace (a pod) to the proxy, with one nftables table
@@ -150,7 +151,7 @@ def _from_config(path: Path | None) -> InterceptSettings:
 
     Raises ConfigError, or SettingsInvalid if the listeners of one direction are on several ports.
     """
-    if path is None and not any(name.startswith(config.PREFIX) for name in os.environ):
+    if path is None and not any(name.startswith(PREFIX) for name in os.environ):
         return InterceptSettings()
     loaded = config.load(path, os.environ)
     mistakes: list[str] = []

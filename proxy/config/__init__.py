@@ -1,13 +1,16 @@
-"""The configuration: the settings, their sources and their notation. It knows nothing about
-traffic.
+"""The configuration of the proxy: its settings, and where they come from. It knows nothing about
+traffic. proxy/settings has the mechanism.
 
-    schema.py          every setting, typed; two sections are in schema_files.py, schema_tracing.py
-    load.py            file and environment -> Config, or all mistakes at once
-    sources.py         the file and the environment variables of any settings
-    decode.py          plain values -> frozen structs, with all mistakes
-    units.py           parsing durations, sizes, addresses
-    document.py        YAML, with the place of each mistake
-    otel_env.py        OpenTelemetry's standard environment variables
-    reference.py       the settings as a JSON schema and as tables
-    resolv_conf.py     the resolvers of the pod
+    schema.py              all sections, and the settings that are in none
+    schema_traffic.py      `outbound`, `inbound`, `gateway`, `intercept`
+    schema_http.py         `http`, `http2`, `loops`
+    schema_connections.py  `tcp`, `pool`, `memory`
+    schema_clusters.py     `clusters`, `dns`
+    schema_files.py        `identity`, `directory`
+    schema_process.py      `pod`, `admin`, `log`, `shutdown`
+    schema_tracing.py      `tracing`
+    contradictions.py      the mistakes that only a comparison of settings shows
+    load.py                file and environment -> Config, or all mistakes at once
+    otel_env.py            OpenTelemetry's standard environment variables
+    resolv_conf.py         the resolvers of the pod
 """

@@ -12,9 +12,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
-from proxy.config.decode import fields, leaf
-from proxy.config.document import Plain
 from proxy.config.schema_tracing import TracingConfig
+from proxy.settings.declare import fields
+from proxy.settings.decode import leaf
+from proxy.settings.document import Plain
 
 _log = logging.getLogger("isthmus.config")
 

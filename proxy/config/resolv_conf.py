@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proxy import files
-from proxy.config.load import ConfigError
-from proxy.config.schema import DnsConfig
+from proxy.config.schema_clusters import DnsConfig
 from proxy.net.address import Address
+from proxy.settings.sources import ConfigError
 
 # The maximum of glibc (MAXNS) and musl; programs never ask a fourth.
 MOST = 3

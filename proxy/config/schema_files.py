@@ -1,13 +1,13 @@
-"""The settings of files that a running proxy watches. proxy/config/schema.py has all other
-settings."""
+"""The settings of what a running proxy reads again when it changes: its identity and the directory,
+from a file or the control plane."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from proxy.config.decode import Section, described, number, octets, ratio, seconds
-from proxy.config.units import Network
+from proxy.settings.declare import Section, described, number, octets, ratio, seconds
+from proxy.settings.units import Network
 
 _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
 

@@ -1,11 +1,11 @@
-"""The settings of tracing. proxy/config/schema.py has all other settings."""
+"""The settings of tracing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from proxy.config.decode import Section, described, number, ratio, seconds
+from proxy.settings.declare import Section, described, number, ratio, seconds
 
 
 # Tracing is off unless a collector is configured. The queue has OpenTelemetry's numbers. By default

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from proxy.config.document import Plain, child, describe, mapping, sequence, unknown_keys
 from proxy.directory.policy import DEFAULT_POLICY, read_policy
 from proxy.directory.service_names import LONGEST, full_name
 from proxy.directory.snapshot import Cluster, Endpoint, Gateway, Remote, Service, Target
 from proxy.directory.values import Values
+from proxy.settings.document import Plain, child, describe, mapping, sequence, unknown_keys
 
 GATEWAY_PORT = 4143
 DOMAIN = "cluster.local"

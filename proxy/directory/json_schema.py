@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.config.reference import schema
 from proxy.directory.policy import Policy
 from proxy.directory.reader import MAX_WEIGHT, NOT_SERVED
 from proxy.directory.snapshot import Hint
 from proxy.directory.splits import MAX_SHARE, MOST_BACKENDS
 from proxy.directory.values import MOST_ALLOWED, MOST_PORTS
+from proxy.settings.reference import schema
 
 _LABEL = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
 _DOMAIN = {

@@ -2,9 +2,9 @@
 
 It is read from the service's `policy` in the directory, so all clients of a service use the same
 one. Settings that are not given have their defaults. A service without a policy has
-`DEFAULT_POLICY` itself, so callers can compare with `is`. As in proxy/config/schema.py, the
-annotation of a field is the only source: the checks, the JSON schema and the table in
-docs/configuration.md are generated from it.
+`DEFAULT_POLICY` itself, so callers can compare with `is`. The
+annotation of a field is the only source (proxy/settings/declare.py): the checks, the JSON schema
+and the table in docs/configuration.md are generated from it.
 
 A request is never retried after a byte of its response was forwarded, whatever the policy says.
 """
@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.config.decode import decode, described, number, octets, ratio, seconds
-from proxy.config.document import Mistakes, Plain, child
-from proxy.config.units import GrpcCode, Statuses, StatusRange, show_duration
+from proxy.settings.declare import described, number, octets, ratio, seconds
+from proxy.settings.decode import decode
+from proxy.settings.document import Mistakes, Plain, child
+from proxy.settings.units import GrpcCode, Statuses, StatusRange, show_duration
 
 _HOUR, _DAY = 3600, 86400
 

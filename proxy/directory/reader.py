@@ -9,17 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.config.document import (
-    DocumentError,
-    Mistakes,
-    Plain,
-    child,
-    describe,
-    load,
-    mapping,
-    sequence,
-    unknown_keys,
-)
 from proxy.directory.clusters import read_clusters
 from proxy.directory.policy import DEFAULT_POLICY, Policy, read_policy
 from proxy.directory.service_names import ServiceNames
@@ -39,6 +28,17 @@ from proxy.directory.snapshot import (
 from proxy.directory.splits import PlanContext, RawPlan, plan
 from proxy.directory.values import Values
 from proxy.net.address import Address
+from proxy.settings.document import (
+    DocumentError,
+    Mistakes,
+    Plain,
+    child,
+    describe,
+    load,
+    mapping,
+    sequence,
+    unknown_keys,
+)
 
 MAX_WEIGHT = 1000
 DOMAIN = "cluster.local"

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from loopguard.graph import cycles
-from proxy.config.document import (
+from proxy.directory.service_names import ServiceNames
+from proxy.directory.snapshot import Backend, Cluster, Plan, Service, Target
+from proxy.settings.document import (
     Mistakes,
     Plain,
     child,
@@ -28,8 +30,6 @@ from proxy.config.document import (
     sequence,
     unknown_keys,
 )
-from proxy.directory.service_names import ServiceNames
-from proxy.directory.snapshot import Backend, Cluster, Plan, Service, Target
 
 MAX_SHARE = 1_000_000
 MOST_BACKENDS = 64

@@ -6,7 +6,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from proxy.config.document import (
+from proxy.directory.service_names import DOMAIN, LABEL, LONGEST
+from proxy.directory.snapshot import Allowance, Hint, Port
+from proxy.identity.spiffe import SpiffeId, SpiffeIdError
+from proxy.settings.document import (
     Mistakes,
     Plain,
     child,
@@ -16,9 +19,6 @@ from proxy.config.document import (
     sequence,
     unknown_keys,
 )
-from proxy.directory.service_names import DOMAIN, LABEL, LONGEST
-from proxy.directory.snapshot import Allowance, Hint, Port
-from proxy.identity.spiffe import SpiffeId, SpiffeIdError
 
 MOST_PORTS = 1024  # in a list of ports
 MOST_ALLOWED = 100_000  # services and addresses in allow_identity_loss

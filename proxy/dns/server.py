@@ -29,7 +29,7 @@ from functools import partial
 import dns.rcode
 import trio
 
-from proxy.config.schema import DnsConfig
+from proxy.config.schema_clusters import DnsConfig
 from proxy.dns.answers import Answers, Forward, Reply, answers_to, failure
 from proxy.errors import LoopDetected
 from proxy.net.accept import Connection

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import trio
 
-from proxy.config.document import DocumentError
 from proxy.config.resolv_conf import Resolvers
-from proxy.config.schema import Config, DnsConfig
+from proxy.config.schema import Config
+from proxy.config.schema_clusters import DnsConfig
 from proxy.directory import Directory
 from proxy.dns.answers import Answers
 from proxy.dns.server import DnsServer
@@ -28,6 +28,7 @@ from proxy.net.accept import Acceptor, Connection
 from proxy.net.dial import Dialer
 from proxy.process.acceptors import admission
 from proxy.process.listeners import Listeners
+from proxy.settings.document import DocumentError
 from proxy.telemetry.metrics import Metrics
 
 _log = logging.getLogger("isthmus.dns")

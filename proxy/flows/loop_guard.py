@@ -13,7 +13,7 @@ from loopguard import HopLimits, HopTokens, Loop, OwnConnections, OwnListeners, 
 from loopguard.forwarded_loops import check_forwarded
 from loopguard.l7 import HEADER, Direction, from_outside
 from loopguard.nesting import ConnectionTable, LocalConnectionTable
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Layer
 from proxy.exchange.loop_layer import guard

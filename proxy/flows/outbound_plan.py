@@ -6,7 +6,6 @@ cannot carry, and change nothing then but what the ordinary path would change to
 
 from __future__ import annotations
 
-from proxy.config.units import within
 from proxy.directory import UNANSWERED, Endpoint, Target, itself
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import LoopDetected, RequestError, UpstreamTLSError
@@ -20,6 +19,7 @@ from proxy.flows.runtime import Runtime
 from proxy.flows.serving import HttpLayers, keep_draws
 from proxy.flows.upstreams import Pools, upstream_protocol
 from proxy.routing.attempt import Attempt, keep_body, policy_deadline
+from proxy.settings.units import within
 from proxy.wire.messages import RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol
 

@@ -10,7 +10,7 @@ from types import TracebackType
 import trio
 
 from proxy.balancing.balancer import Balancer
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.directory import Endpoint, Former
 from proxy.directory.former_identities import FormerIdentities
 from proxy.directory.source import Source

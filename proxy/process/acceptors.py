@@ -8,7 +8,7 @@ import logging
 import resource
 from collections.abc import Awaitable, Callable
 
-from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
+from proxy.config.schema_traffic import GatewayConfig, InboundConfig, OutboundConfig
 from proxy.errors import known
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.connection_slots import Bounds, Slots

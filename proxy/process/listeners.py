@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from proxy.config.load import Config
 from proxy.config.resolv_conf import Resolvers
+from proxy.config.schema import Config
 from proxy.errors import StartError
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.directory import DirectoryError
 from proxy.directory.channel.connector import Connector
 from proxy.directory.channel.messages import Hello

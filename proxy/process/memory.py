@@ -35,7 +35,7 @@ from pathlib import Path
 
 import trio
 
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.net.memory_budget import ACTIONS, UNLIMITED, Action, Budget
 from proxy.telemetry.log import RateLimit, warn

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from proxy.errors import StartError
 from proxy.identity import identity as identities
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import trio
 
-from proxy.config.schema import ShutdownConfig
+from proxy.config.schema_process import ShutdownConfig
 from proxy.exchange.server_settings import Drain
 from proxy.net.accept import Acceptor
 

@@ -14,12 +14,12 @@ import trio
 
 from proxy.balancing.circuit_breaker import Failure
 from proxy.balancing.endpoint_set import ActiveRequest
-from proxy.config.units import within
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import unanswered
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.replay import Replay
+from proxy.settings.units import within
 from proxy.wire import grpc
 from proxy.wire.messages import Headers, ResponseHead
 

@@ -46,7 +46,7 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from proxy.config.schema import ClustersConfig
+from proxy.config.schema_clusters import ClustersConfig
 from proxy.directory import Cluster, Directory, Endpoint, Gateway, Target
 from proxy.errors import IsthmusError, UpstreamTLSError
 from proxy.exchange.client import Leases

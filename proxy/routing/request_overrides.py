@@ -18,9 +18,10 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from proxy.config.decode import Shape, leaf, shape
 from proxy.directory.policy import Policy, Retries, Timeouts
 from proxy.errors import RequestError
+from proxy.settings.declare import Shape, shape
+from proxy.settings.decode import leaf
 from proxy.wire.messages import Headers
 
 _PLACES: dict[bytes, tuple[str, type[msgspec.Struct], str]] = {

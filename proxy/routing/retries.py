@@ -34,7 +34,6 @@ import trio
 
 from proxy.balancing.circuit_breaker import Failure
 from proxy.balancing.endpoint_set import EndpointSet
-from proxy.config.units import within
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import (
@@ -57,6 +56,7 @@ from proxy.net.exceptions import ConnectFailed
 from proxy.routing.attempt import Attempt, keep_body, policy_deadline
 from proxy.routing.endpoint_choice import EndpointChoice
 from proxy.routing.request_overrides import overridden
+from proxy.settings.units import within
 from proxy.wire import grpc
 from proxy.wire.h2.frames import Code
 from proxy.wire.messages import Headers, ResponseHead

@@ -42,12 +42,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
-from proxy.config.units import Network
 from proxy.directory import UNANSWERED, Backend, Directory, Endpoint, Plan, Target, itself
 from proxy.errors import DirectoryUnavailable, NoEndpoint
 from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
+from proxy.settings.units import Network
 
 
 class Source(Protocol):

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Final, TextIO
 
-from proxy.config.schema import LogConfig
+from proxy.config.schema_process import LogConfig
 from proxy.net.tls.handshake import TLSInfo
 from proxy.telemetry.log_output import Drop, LostLines, Output, Why, describe_losses
 from tracing.spans import redacted

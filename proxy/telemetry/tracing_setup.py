@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from proxy.config.load import DOWNWARD, Config
+from proxy.config.load import DOWNWARD
+from proxy.config.schema import Config
 from proxy.config.schema_tracing import TracingConfig
 from proxy.errors import StartError
 from proxy.exchange.trace_layer import Tracing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxy.commands.checks import Result, check_control
-from proxy.config.load import Config
+from proxy.config.schema import Config
 from tests.commands.probed import configuration
 from tests.kit.channel import CONTROL, DOMAIN, LOOPBACK, WEB, Workshop, until
 from tests.kit.ports import free_port

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.document import SHOWN, DocumentError, Mistakes, load
+from proxy.settings.document import SHOWN, DocumentError, Mistakes, load
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.decode import fields, is_struct
-from proxy.config.document import DocumentError
-from proxy.config.document import load as load_document
-from proxy.config.load import (
-    DOWNWARD,
-    DOWNWARD_ADDRESSES,
-    Config,
-    ConfigError,
-    config_schema,
-    load,
-    variable,
-)
-from proxy.config.reference import tables
-from proxy.config.sources import MOST_BYTES
-from proxy.config.units import parse_duration, parse_size, show_duration, show_size
+from proxy.config.load import DOWNWARD, DOWNWARD_ADDRESSES, config_schema, load
+from proxy.config.schema import Config
 from proxy.directory import parse
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
+from proxy.settings.declare import fields, is_struct
+from proxy.settings.document import DocumentError
+from proxy.settings.document import load as load_document
+from proxy.settings.reference import tables
+from proxy.settings.sources import MOST_BYTES, ConfigError, variable
+from proxy.settings.units import parse_duration, parse_size, show_duration, show_size
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "configuration.md"
 IDENTITY = "identity: {certificate: c.pem, key: k.pem, roots: [r.pem]}\n"

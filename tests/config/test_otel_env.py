@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.load import ConfigError, load
+from proxy.config.load import load
 from proxy.config.schema_tracing import TracingConfig
 from proxy.errors import StartError
+from proxy.settings.sources import ConfigError
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing_setup import OFF, build, collector
 

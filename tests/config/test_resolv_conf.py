@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.load import ConfigError
 from proxy.config.resolv_conf import Resolvers, parse
-from proxy.config.schema import DnsConfig
+from proxy.config.schema_clusters import DnsConfig
 from proxy.net.address import Address
+from proxy.settings.sources import ConfigError
 
 KUBERNETES = """\
 search default.svc.cluster.local svc.cluster.local cluster.local example.com.

@@ -11,7 +11,7 @@ import trio.testing
 from trio.abc import Clock
 
 from control.kube.access import Access, Secret
-from control.kube.client import Client, Limits, Selection, refusal
+from control.kube.client import Client, ClientLimits, Selection, refusal
 from control.kube.errors import InvalidAnswer, Refused, TooLarge, Unreachable
 from control.kube.resources import SERVICES
 from lab.kube_api.server import ApiServer, Fault, refuse
@@ -132,14 +132,14 @@ async def test_a_server_that_answers_byte_by_byte(clock: Clock, nursery: trio.Nu
     ],
 )
 async def test_an_answer_without_an_end(clock: Clock, server: ApiServer, body: bytes) -> None:
-    client = Client(AT, Limits(max_response_bytes=2000), server.dial)
+    client = Client(AT, ClientLimits(max_response_bytes=2000), server.dial)
     server.faults.append(Fault(raw=b"HTTP/1.1 200 OK\r\n" + body))
     with pytest.raises(TooLarge, match=r"larger than 2000 bytes \(api.max_response_bytes\)"):
         await client.page(SERVICES, Selection(), {}, attempts=1)
 
 
 async def test_a_response_head_without_an_end(clock: Clock, server: ApiServer) -> None:
-    client = Client(AT, Limits(max_head_bytes=4096), server.dial)
+    client = Client(AT, ClientLimits(max_head_bytes=4096), server.dial)
     server.faults.append(Fault(raw=b"HTTP/1.1 200 OK\r\nX: " + b"x" * 5000))
     with pytest.raises(InvalidAnswer, match=r"larger than 4096 bytes \(api.max_head_bytes\)"):
         await client.page(SERVICES, Selection(), {}, attempts=1)

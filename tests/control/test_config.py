@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from control.admin import AdminLimits
-from control.channel.server import ChannelLimits
 from control.config import Settings, load
-from control.discovery.discovery import DiscoveryRules
 from control.kube.backoff import BackoffRules
-from control.kube.client import Limits
 from control.kube.leases import LeaseRules
-from control.kube.recorder import RecorderRules
 from control.kube.reflector import WatchRules
-from proxy.config.decode import fields, is_struct
-from proxy.config.reference import tables
-from proxy.config.sources import ConfigError
+from proxy.settings.declare import fields, is_struct
+from proxy.settings.reference import tables
+from proxy.settings.sources import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "control-plane.md"
-# The class that uses a section, the fields that are not settings of the section, and the reverse.
-USERS = {
-    "api": (Limits, set(), {"credentials_interval"}),
-    "watch": (WatchRules, {"backoff"}, set()),
-    "backoff": (BackoffRules, set(), set()),
-    "discovery": (DiscoveryRules, set(), set()),
-    "lease": (LeaseRules, set(), {"name"}),
-    "events": (RecorderRules, set(), set()),
-    "channel": (ChannelLimits, set(), {"reload_interval"}),
-    "admin": (AdminLimits, set(), set()),
-}
 
 
 def names() -> set[str]:
@@ -52,24 +35,16 @@ def mistakes(tmp_path: Path, text: str, **environ: str) -> list[str]:
     return list(error.value.mistakes)
 
 
-def test_every_limit_is_a_setting_and_every_setting_is_used() -> None:
-    sections = {name: form.type for name, _, form in fields(Settings)}
-    assert set(sections) == set(USERS)
-    for name, (user, derived, more) in USERS.items():
-        limits = {field.name for field in dataclasses.fields(user)} - derived
-        assert {setting for setting, _, _ in fields(sections[name])} - more == limits
+def test_without_a_file_and_an_environment_everything_has_a_default() -> None:
+    assert load(None, {}, 0) == Settings()
 
 
-def test_the_defaults_are_those_of_the_classes() -> None:
-    found = load(None, {}, 0)
-    assert found == Settings()
-    assert found.limits() == Limits()
-    assert found.watching() == WatchRules()
-    assert found.changes() == DiscoveryRules()
-    assert found.leadership() == LeaseRules()
-    assert found.recording() == RecorderRules()
-    assert found.proxies() == ChannelLimits()
-    assert found.listener() == AdminLimits()
+def test_every_setting_is_read_somewhere() -> None:
+    """A setting without effect is a mistake of ours: its name must be an attribute that the code
+    of the control plane reads."""
+    code = "".join(file.read_text() for file in (ROOT / "control").rglob("*.py"))
+    unused = [name for name in names() if f".{name.partition('.')[2]}" not in code]
+    assert unused == []
 
 
 def test_every_setting_is_described_and_has_a_range() -> None:
@@ -94,10 +69,11 @@ def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None
         "ISTHMUS_CONTROL_PORT_4191_TCP_PORT": "4191",
     }
     found = load(None, environ, 0)
-    assert found.watching() == WatchRules(
-        page_size=20, silence_timeout=120.0, backoff=BackoffRules(max_delay=60.0)
+    assert found == Settings(
+        watch=WatchRules(page_size=20, silence_timeout=120.0),
+        backoff=BackoffRules(max_delay=60.0),
+        lease=LeaseRules(duration=30.0),
     )
-    assert found.leadership() == LeaseRules(duration=30)
 
 
 def test_all_mistakes_are_reported_with_their_setting(tmp_path: Path) -> None:

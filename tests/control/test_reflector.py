@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.abc import Clock
 
-from control.kube.client import Client, Limits
+from control.kube.client import Client, ClientLimits
 from control.kube.reflector import Reflector, WatchRules
 from control.kube.resources import Key
 from lab.kube_api.server import ApiServer, Fault, refuse
@@ -305,7 +305,7 @@ async def test_a_continue_token_that_is_too_old_begins_the_list_again(
 async def test_a_page_that_is_too_large_is_asked_for_in_smaller_ones(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
-    client = Client(AT, Limits(max_response_bytes=20_000), server.dial)
+    client = Client(AT, ClientLimits(max_response_bytes=20_000), server.dial)
     stage = FakeStage(client, "default", server)
     for number in range(9):
         await stage.config_map(f"m{number}", text="x" * 6000)

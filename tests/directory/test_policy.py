@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.document import Mistakes, load
-from proxy.config.reference import schema, tables
-from proxy.config.units import GrpcCode, StatusRange
 from proxy.directory.policy import DEFAULT_POLICY, Policy, read_policy
+from proxy.settings.document import Mistakes, load
+from proxy.settings.reference import schema, tables
+from proxy.settings.units import GrpcCode, StatusRange
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "configuration.md"
 

@@ -18,7 +18,7 @@ import dns.rcode
 import pytest
 import trio
 
-from proxy.config.schema import DnsConfig
+from proxy.config.schema_clusters import DnsConfig
 from proxy.dns.server import DnsServer
 from proxy.net.accept import Acceptor, BindFailed, bind, bind_datagrams
 from proxy.net.address import Address

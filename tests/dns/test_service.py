@@ -6,7 +6,8 @@ import dns.message
 import dns.rcode
 
 from proxy.config.resolv_conf import Resolvers
-from proxy.config.schema import Config, DnsConfig
+from proxy.config.schema import Config
+from proxy.config.schema_clusters import DnsConfig
 from proxy.dns.answers import Reply
 from proxy.dns.service import DnsService
 from proxy.dns.virtual_addresses import RemoteName

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import trio
 
 from proxy.balancing.balancer import Balancer
-from proxy.config.document import Mistakes, load
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy, read_policy
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, FailedAttempt
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher
+from proxy.settings.document import Mistakes, load
 from proxy.telemetry.metrics import Metrics
 from tests.kit.http import Message, Peer, Script, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2

@@ -13,8 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from proxy.config.load import Config
-from proxy.config.schema import MemoryConfig
+from proxy.config.schema import Config
+from proxy.config.schema_connections import MemoryConfig
 from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.net.memory_budget import UNLIMITED
 from proxy.process.memory import (

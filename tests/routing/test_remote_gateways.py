@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from proxy.app import App
-from proxy.config.schema import ClustersConfig
+from proxy.config.schema_clusters import ClustersConfig
 from proxy.directory import Endpoint, Target, parse
 from proxy.exchange.client import Leases
 from proxy.exchange.upstream import Carrier

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.schema import LogConfig
+from proxy.config.schema_process import LogConfig
 from proxy.net.tls.handshake import TLSInfo
 from proxy.telemetry.log import (
     ConnectionLine,

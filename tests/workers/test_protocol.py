@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopguard import OwnConnections, OwnListeners
-from proxy.config.load import Config, ConfigError, load
+from proxy.config.load import load
+from proxy.config.schema import Config
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import ConnectionInfo
 from proxy.flows.loop_guard import LoopGuard
 from proxy.net.address import Address
 from proxy.net.liveness import Liveness
 from proxy.process.listeners import listen
+from proxy.settings.sources import ConfigError
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.connection_table import SharedConnectionTable, make, wipe
 from proxy.workers.protocol import (

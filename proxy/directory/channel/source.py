@@ -23,7 +23,6 @@ from typing import ClassVar
 import trio
 
 from proxy.config.schema_files import ControlPlaneConfig
-from proxy.config.units import Network
 from proxy.directory.channel.assembly import Assembly
 from proxy.directory.channel.connector import Connector, close
 from proxy.directory.channel.messages import (
@@ -53,6 +52,7 @@ from proxy.identity.identity import PeerRefused
 from proxy.net.address import Address
 from proxy.net.exceptions import NetError, TLSFailed
 from proxy.net.tls.handshake import TLSStream
+from proxy.settings.units import Network
 
 _log = logging.getLogger("isthmus.directory")
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from proxy.config.decode import Shape, fields, is_struct, kind, limits, shape, show
-from proxy.config.units import LEAVES, GrpcCode, PortSwitch, StatusRange
+from proxy.settings.declare import Shape, fields, is_struct, shape
+from proxy.settings.decode import kind, limits, show
+from proxy.settings.units import LEAVES, GrpcCode, PortSwitch, StatusRange
 
 
 def schema(struct: type[msgspec.Struct]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from proxy.config.document import Plain, closest, describe
 from proxy.identity.spiffe import IdentityPattern
 from proxy.net.address import Address
+from proxy.settings.document import Plain, closest, describe
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address

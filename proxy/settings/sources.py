@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from proxy import files
-from proxy.config.decode import fields, is_struct
-from proxy.config.document import DocumentError, Mistakes, Plain, closest, describe
-from proxy.config.document import load as load_document
+from proxy.settings.declare import fields, is_struct
+from proxy.settings.document import DocumentError, Mistakes, Plain, closest, describe
+from proxy.settings.document import load as load_document
 
 PREFIX = "ISTHMUS_"
 # Seconds, for `isthmus run`: a truncated file can be valid and ask for less.
@@ -42,7 +42,7 @@ class ConfigError(DocumentError):
 
 def read_file(path: Path, source: str, settle: float) -> dict[str, Plain]:
     """The top-level mapping of the file; `source` names it in errors. `settle`: see
-    proxy.config.load.load. Raises ConfigError.
+    Loader.load (load.py). Raises ConfigError.
     """
 
     def read() -> tuple[str, bytes]:
