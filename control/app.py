@@ -34,7 +34,8 @@ from control.kube.recorder import EventContent, Recorder
 from control.kube.resources import Key
 from control.metrics import Metrics, Parts
 from proxy.directory.channel.messages import ALPN
-from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings, watch
+from proxy.identity.identity import Identity, MaterialFiles, TLSSettings
+from proxy.identity.source import FileSource, report_expiry
 from proxy.net.address import Address
 
 _log = logging.getLogger("isthmus.control")
@@ -141,21 +142,19 @@ class Control:
         await self.channel.serve(listeners)
 
     async def _watch_identity(self) -> None:
-        if self.identity is not None:
-            await watch(
-                self.identity,
-                self.config.settings.channel.reload_interval,
-                self._renewed,
-                self._broken,
-                self._warn,
-            )
+        if self.identity is None:
+            return
+        interval = self.config.settings.channel.reload_interval
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report_expiry, self.identity, interval, self._warn)
+            await FileSource(interval).run(self.identity, self._renewed, self._broken)
 
     def _renewed(self, identity: Identity) -> None:
         _log.info(
             "new certificate or trust roots in use: valid until %s", identity.not_after.isoformat()
         )
 
-    def _broken(self, error: MaterialError) -> None:
+    def _broken(self, error: Exception) -> None:
         _log.error("cannot use the changed certificate, key or roots: %s", error)
 
     def _warn(self, words: str) -> None:

@@ -7,7 +7,8 @@ which are bound early and served late. Then the tasks start:
 
     run
     ├── admin                    probes and metrics, in a separate thread, from the start to the end
-    ├── identity.watch           loads new certificates and roots without a restart
+    ├── own.watch                gets new certificates and roots without a restart; the tasks below
+    │                            start when there is a certificate
     ├── directory.run            keeps the directory current, from its file or the control plane
     ├── sweep                    closes old idle connections, and drops old cache entries
     ├── liveness                 keeps TCP_USER_TIMEOUT from ending connections of slow readers
@@ -253,6 +254,12 @@ class App:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(admin.run)
                 nursery.start_soon(self.own.watch)
+                if beside is not None:
+                    nursery.start_soon(beside, self)
+                stop = signals.__aiter__().__anext__
+                if not await self._identified(stop):
+                    nursery.cancel_scope.cancel()
+                    return
                 nursery.start_soon(self.source.run, self._directory_changed)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
@@ -267,12 +274,26 @@ class App:
                     nursery.start_soon(self.runtime.fast_path.run)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)
-                if beside is not None:
-                    nursery.start_soon(beside, self)
-                nursery.start_soon(
-                    self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope
-                )
+                nursery.start_soon(self._serve_until, stop, nursery.cancel_scope)
                 self._say_hello()
+
+    async def _identified(self, stop: Callable[[], Awaitable[int]]) -> bool:
+        """Wait for the first certificate: without it no flow starts. False: `stop` returned
+        first.
+        """
+        if self.own.known.is_set():
+            return True
+        _log.info("waiting for the first certificate")
+        async with trio.open_nursery() as nursery:
+
+            async def until_stop() -> None:
+                await stop()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_stop)
+            await self.own.known.wait()
+            nursery.cancel_scope.cancel()
+        return self.own.known.is_set()
 
     async def _serve_until(
         self, stop: Callable[[], Awaitable[int]], everything: trio.CancelScope

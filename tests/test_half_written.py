@@ -30,9 +30,9 @@ from proxy.identity.identity import (
     MaterialFiles,
     SpiffeId,
     TLSSettings,
-    watch,
 )
 from proxy.identity.issue import Issued, issue, make_root
+from proxy.identity.source import FileSource
 from proxy.net.address import Address
 from proxy.settings.sources import ConfigError
 
@@ -285,15 +285,13 @@ class Held:
 
     identity: Identity
     changes: list[int]
-    errors: list[MaterialError]
+    errors: list[Exception]
 
     async def watched(self) -> None:
-        await watch(
+        await FileSource(0.02).run(
             self.identity,
-            0.02,
             lambda found: self.changes.append(len(found.roots)),
             self.errors.append,
-            lambda _: None,
         )
 
 

@@ -99,6 +99,9 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
                 "configure the section identity",
             )
         ], None
+    if section.certificate is None or section.key is None:
+        what = f"the certificate comes from another source ({section.source})"
+        return [Result(name, "skipped", what)], None
     files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
     try:
         identity = Identity(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from proxy.config.schema import Config
+from proxy.config.schema_files import IdentityConfig
 from proxy.config.schema_tracing import TracingConfig
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
@@ -44,8 +45,8 @@ def check(config: Config, mistakes: Mistakes) -> None:
                 "inbound.allow",
                 "lists identities, but there is no `identity` section, so no peer can present one",
             )
-    elif not config.identity.roots:
-        mistakes.add("identity.roots", "lists no file: no peer would be trusted")
+    else:
+        _identity(config.identity, mistakes)
     if both := set(inbound.http_ports) & set(inbound.opaque_ports):
         mistakes.add(
             "inbound.http_ports",
@@ -74,6 +75,19 @@ def check(config: Config, mistakes: Mistakes) -> None:
             "is not below http.idle_timeout: other proxies would close connections that are about"
             " to be used",
         )
+
+
+def _identity(section: IdentityConfig, mistakes: Mistakes) -> None:
+    from_files = section.source == "files"
+    for name, value in (("certificate", section.certificate), ("key", section.key)):
+        if from_files and value is None:
+            mistakes.add(f"identity.{name}", "is missing: `identity.source` is `files`")
+        if not from_files and value is not None:
+            mistakes.add(
+                f"identity.{name}", f"is not used with `identity.source: {section.source}`"
+            )
+    if section.source != "spiffe" and not section.roots:
+        mistakes.add("identity.roots", "lists no file: no peer would be trusted")
 
 
 def _workers(config: Config, mistakes: Mistakes) -> None:

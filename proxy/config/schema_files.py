@@ -4,7 +4,7 @@ from a file or the control plane."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from proxy.settings.declare import Section, described, number, octets, ratio, seconds
 from proxy.settings.units import Network
@@ -17,11 +17,27 @@ class IdentityConfig(Section, frozen=True):
     not mutual TLS.
     """
 
-    certificate: Annotated[Path, described("PEM file with the certificate and its intermediates")]
-    key: Annotated[Path, described("PEM file with the private key of the certificate")]
+    source: Annotated[
+        Literal["files", "control", "spiffe"],
+        described(
+            "where the certificate comes from: files, the control plane, or a SPIFFE Workload API"
+        ),
+    ] = "files"
+    certificate: Annotated[
+        Path | None,
+        described("PEM file with the certificate and its intermediates; with `source: files`"),
+    ] = None
+    key: Annotated[
+        Path | None,
+        described("PEM file with the private key of the certificate; with `source: files`"),
+    ] = None
     roots: Annotated[
-        tuple[Path, ...], described("PEM files with the trust roots; each may contain several", 64)
-    ]
+        tuple[Path, ...],
+        described(
+            "PEM files with the trust roots; each may contain several; not with `source: spiffe`",
+            64,
+        ),
+    ] = ()
     reload_interval: Annotated[
         float, seconds(0.05, _HOUR, "interval between checks of the files for changes")
     ] = 10.0

@@ -3,6 +3,7 @@
 identity.py           the identity at run time: loading, reloading, verifying peers
 credentials.py        certificate chain, key and trust roots, checked together
 credential_files.py   reading their files together
+source.py             the interface of the sources of credentials, and the files as a source
 tls_contexts.py       TLS contexts, and the sessions that clients resume
 spiffe.py             SPIFFE IDs and patterns
 key_strength.py       the accepted kinds of private keys

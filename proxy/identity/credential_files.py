@@ -1,4 +1,6 @@
-"""Reads the files of an identity together. proxy/identity/credentials.py parses and checks them."""
+"""The parts of an identity's credentials as bytes: reads them together if they are files.
+proxy/identity/credentials.py parses and checks them.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,12 +13,16 @@ from proxy.files import read_settled as settled
 MAX_FILE_BYTES = 4 * 1024 * 1024
 
 
+# Where a part of the credentials is, for messages: a file, or words for a part that is in none.
+Origin = Path | str
+
+
 class MaterialError(Exception):
-    """A file of the identity cannot be used. `path` is the file; `reason` says what is wrong and
-    how to fix it.
+    """A part of the credentials cannot be used. `path` is the file, or words for a part that is not
+    in a file; `reason` says what is wrong and how to fix it.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Origin, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
@@ -37,12 +43,24 @@ class MaterialFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """The bytes of all files, read in one pass. `digest` changes whenever the contents change."""
+class MaterialNames:
+    """The parts of credentials that are not all in files: words or paths for messages."""
 
-    files: MaterialFiles
+    certificate: Origin
+    key: Origin
+    roots: tuple[Origin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The bytes of one set of credentials, in PEM: certificate chain, key, and one part for each of
+    `files.roots`. Files are read in one pass. `digest` changes whenever the contents change.
+    `key_mode`: the mode of the key's file; 0 if the key is in memory only.
+    """
+
+    files: MaterialFiles | MaterialNames
     parts: tuple[bytes, ...]
-    key_mode: int
+    key_mode: int = 0
 
     @property
     def digest(self) -> bytes:

@@ -21,14 +21,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL, crypto
 
-from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles
+from proxy.identity.credential_files import (
+    Contents,
+    MaterialError,
+    MaterialFiles,
+    MaterialNames,
+    Origin,
+)
 from proxy.identity.key_strength import PrivateKey
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError
 from proxy.net.tls.certificate_rules import (
@@ -111,7 +116,7 @@ def load(contents: Contents, now: datetime) -> Material:
     )
 
 
-def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
+def parse_certificates(path: Origin, data: bytes) -> list[x509.Certificate]:
     """All certificates of a PEM file, at least one, each well-formed. Raises MaterialError."""
     if b"-----BEGIN CERTIFICATE-----" not in data:
         what = (
@@ -173,7 +178,7 @@ def openssl_reason(error: crypto.Error | SSL.Error) -> str:
     return ", in ".join(dict.fromkeys(reasons(error))) or visible(str(error)) or "no reason given"
 
 
-def parse_key(path: Path, data: bytes) -> PrivateKey:
+def parse_key(path: Origin, data: bytes) -> PrivateKey:
     """The one private key of a PEM file, checked for type and strength. Raises MaterialError, never
     with key data.
     """
@@ -253,7 +258,7 @@ def verify_chain(
         raise ValueError(openssl_reason(error)) from None
 
 
-def check_validity(path: Path, certificate: x509.Certificate, now: datetime, what: str) -> None:
+def check_validity(path: Origin, certificate: x509.Certificate, now: datetime, what: str) -> None:
     """Raise MaterialError if the certificate is not valid at `now`."""
     reason = validity_problem(certificate, now)
     if reason is not None:
@@ -280,7 +285,7 @@ def when(moment: datetime) -> str:
 
 
 def _parse_roots(
-    files: MaterialFiles, parts: Sequence[bytes], now: datetime
+    files: MaterialFiles | MaterialNames, parts: Sequence[bytes], now: datetime
 ) -> tuple[x509.Certificate, ...]:
     """All roots of all files, without duplicates and without expired ones, which cannot verify
     anything.
@@ -301,7 +306,7 @@ def _parse_roots(
     return tuple(certificate for certificate in found if now <= certificate.not_valid_after_utc)
 
 
-def _check_authority(path: Path, certificate: x509.Certificate) -> None:
+def _check_authority(path: Origin, certificate: x509.Certificate) -> None:
     try:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
@@ -327,7 +332,7 @@ def _check_authority(path: Path, certificate: x509.Certificate) -> None:
         )
 
 
-def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
+def _check_leaf(path: Origin, leaf: x509.Certificate, now: datetime) -> SpiffeId:
     check_validity(path, leaf, now, "the certificate")
     try:
         identity = SpiffeId.parse(spiffe_uri(leaf))
@@ -343,7 +348,7 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
     return identity
 
 
-def public_key(path: Path, certificate: x509.Certificate) -> object:
+def public_key(path: Origin, certificate: x509.Certificate) -> object:
     """The certificate's public key. Raises MaterialError if it is malformed, or of an unknown
     kind."""
     try:
@@ -354,7 +359,7 @@ def public_key(path: Path, certificate: x509.Certificate) -> object:
         ) from None
 
 
-def _weakness(path: Path, certificate: x509.Certificate) -> str | None:
+def _weakness(path: Origin, certificate: x509.Certificate) -> str | None:
     """What makes a certificate forgeable, as a phrase after "it ...". Raises MaterialError if its
     key is unreadable.
     """

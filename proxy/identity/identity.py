@@ -2,8 +2,9 @@
 
 An Identity owns the credentials of this process (proxy/identity/credentials.py), the TLS contexts
 made from them, and the sessions resumed with them (proxy/identity/tls_contexts.py). They change
-together: `reload` reads the files again and either replaces everything at once or keeps everything.
-A generation counter shows which.
+together: `use` takes a new set and either replaces everything at once or keeps everything. `reload`
+does the same with files. A generation counter shows which. proxy/identity/source.py has the sources
+of credentials.
 
 A peer is verified in three steps, all within the handshake. The TLS library verifies the chain up
 to one of our trust roots. The rules of proxy/net/tls/certificate_rules.py make both TLS libraries
@@ -18,7 +19,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import trio
@@ -28,7 +28,7 @@ from OpenSSL import SSL, crypto
 
 from proxy.files import Settling
 from proxy.identity import credential_files, credentials, tls_contexts
-from proxy.identity.credential_files import MaterialError, MaterialFiles
+from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles
 from proxy.identity.credentials import Material, utc_now
 from proxy.identity.inspect import expiry_in_words, life_left
 from proxy.identity.spiffe import IdentityPattern, SpiffeId, SpiffeIdError, check_trust_domain
@@ -59,7 +59,6 @@ __all__ = [
     "TLSSettings",
     "check_trust_domain",
     "verify_peer",
-    "watch",
 ]
 
 # Known issuers renew a workload's certificate at 70 % of its lifetime. If the old one is still in
@@ -107,6 +106,8 @@ class TLSSettings:
     trust_domains: frozenset[str] = frozenset()
     session_lifetime: float = 3600.0  # seconds in which a session can be resumed; 0: never
     session_limit: int = tls_contexts.DEFAULT_SESSIONS
+    # the trust domain that our own certificate must have; None: any
+    own_domain: str | None = None
     # seconds between two reads of changed files, which must agree; 0: one read is enough
     settle: float = 0.0
     # the ALPN names of which a client must offer one
@@ -120,13 +121,17 @@ class Identity:
     `settings.settle` is not 0 and the files are being written, the constructor blocks for at most
     about `files.PATIENCE` seconds. Nothing needs closing.
 
+    With None instead of files, a source (proxy/identity/source.py) brings the credentials later.
+    Until then `known` is False, and only `known`, `use`, `validity_problem`, `expiry_warnings` and
+    the attributes for metrics may be used; the others raise AttributeError.
+
     Attributes for metrics: `generation` (1 at the start, plus one per change), `failures` (how
     often invalid files were found), `last_error` (None if the files on disk are in use).
     """
 
     def __init__(
         self,
-        files: MaterialFiles,
+        files: MaterialFiles | None,
         settings: TLSSettings | None = None,
         *,
         clock: Callable[[], datetime] = utc_now,
@@ -140,11 +145,36 @@ class Identity:
         self._reported: tuple[bytes | None, str] | None = None
         # by fingerprint: the lowest threshold already reported
         self._warned: dict[bytes, float] = {}
-        read = credential_files.read_settled(files, self.settings.settle)
-        self._adopt(read.digest, credentials.load(read, clock()))
+        self._digest = b""
+        if files is not None:
+            self.use(credential_files.read_settled(files, self.settings.settle))
 
-    def _adopt(self, digest: bytes, new: Material) -> None:
-        """Replace everything at once. The contexts come first: if OpenSSL rejects the files,
+    @property
+    def known(self) -> bool:
+        """Whether there are credentials."""
+        return self.generation > 0
+
+    def use(self, contents: Contents) -> bool:
+        """Use this set of credentials. Returns whether it differs from the one in use. Raises
+        MaterialError if it is not a complete, consistent and valid set: everything stays as it was.
+        """
+        digest = contents.digest
+        if digest == self._digest:
+            self.last_error = None
+            return False
+        new = credentials.load(contents, self._clock())
+        wanted = self.settings.own_domain
+        if wanted is not None and new.id.trust_domain != wanted:
+            raise MaterialError(
+                contents.files.certificate,
+                f"is for the trust domain {new.id.trust_domain}, not {wanted}",
+            )
+        self._adopt(contents, new)
+        self._digest = digest
+        return True
+
+    def _adopt(self, contents: Contents, new: Material) -> None:
+        """Replace everything at once. The contexts come first: if OpenSSL rejects the credentials,
         nothing has changed.
         """
         try:
@@ -154,10 +184,9 @@ class Identity:
             client = tls_contexts.client_context(new, self.settings.session_lifetime)
         except (SSL.Error, crypto.Error) as error:
             raise MaterialError(
-                self.files.certificate,
+                contents.files.certificate,
                 f"is rejected by OpenSSL: {credentials.openssl_reason(error)}",
             ) from error
-        self._digest = digest
         self._material = new
         self._server_context = server
         self._client_context = client
@@ -223,6 +252,8 @@ class Identity:
 
     def validity_problem(self) -> str | None:
         """Why peers reject our own chain now, by the clock; None if they accept it."""
+        if not self.known:
+            return "there is no certificate yet"
         now = self._clock()
         for depth, certificate in enumerate(self._material.chain):
             problem = credentials.validity_problem(certificate, now)
@@ -292,6 +323,8 @@ class Identity:
         invalid contents raise once; later calls return False until they change (`last_error`
         stays). Synchronous; takes a few milliseconds if something has changed.
         """
+        if self.files is None:
+            return False
         digest = None
         try:
             read = credential_files.read_files(self.files)
@@ -304,7 +337,7 @@ class Identity:
                 return False
             if settling is not None and not settling.agreed(digest, trio.current_time()):
                 return False
-            self._adopt(digest, credentials.load(read, self._clock()))
+            self.use(read)
         except MaterialError as error:
             self.last_error = error
             # Compare file and contents, not the message: its text contains the current time and
@@ -323,6 +356,8 @@ class Identity:
 
         Each is returned once per certificate, regardless of the caller.
         """
+        if not self.known:
+            return []
         now = self._clock()
         found = []
         warned: dict[bytes, float] = {}
@@ -390,47 +425,3 @@ def _threshold(certificate: x509.Certificate, now: datetime) -> float:
         if left <= 0
         else min((threshold for threshold in WARN_AT if left <= threshold), default=math.inf)
     )
-
-
-async def watch(
-    identity: Identity,
-    interval_seconds: float,
-    on_change: Callable[[Identity], None],
-    on_error: Callable[[MaterialError], None],
-    on_warning: Callable[[str], None],
-) -> None:
-    """Check for changed files every `interval_seconds` until cancelled.
-
-    A check is one stat() per file (it follows the symbolic links that Kubernetes swaps). Only if
-    something changed are the contents read. They are used when two reads agree,
-    `TLSSettings.settle` seconds apart. The callbacks are synchronous: `on_change` after new
-    credentials are in use, `on_error` once per invalid change, `on_warning` for each text of
-    Identity.expiry_warnings.
-    """
-    seen: tuple[object, ...] | None = None
-    settling = Settling(identity.settings.settle)
-    while True:
-        # Taken before reading: a change during the read is noticed at the next check.
-        signature = tuple(_signature(path) for path in identity.files.all)
-        # Invalid credentials may become valid without a change of the files: a certificate that is
-        # not valid yet.
-        if signature != seen or identity.last_error is not None or settling.waiting:
-            seen = signature
-            try:
-                if identity.reload(settling):
-                    on_change(identity)
-            except MaterialError as error:
-                on_error(error)
-        for sentence in identity.expiry_warnings():
-            on_warning(sentence)
-        await trio.sleep(
-            min(interval_seconds, settling.settle) if settling.waiting else interval_seconds
-        )
-
-
-def _signature(path: Path) -> object:
-    try:
-        status = path.stat()
-    except OSError as error:
-        return error.errno
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

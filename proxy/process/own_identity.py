@@ -1,18 +1,25 @@
-"""The proxy's own identity at run time: loading, reloading, and the end of a certificate.
+"""The proxy's own identity at run time: its source, and the end of a certificate.
 
 A changed certificate, key or trust root is used at once. Open connections continue, unless the
 change removes the trust root that verified their peer. Then they end as if the peer's certificate
 had expired (net/tls/expiry.py).
+
+Files are read at the start: a proxy with invalid files does not start. Another source brings the
+first certificate later. Until then the proxy is not ready, and no flow starts, so nothing is sent
+or accepted without the identity (`known`).
 """
 
 from __future__ import annotations
 
 import logging
 
+import trio
+
 from proxy.config.schema import Config
+from proxy.config.schema_files import IdentityConfig
 from proxy.errors import StartError
-from proxy.identity import identity as identities
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings
+from proxy.identity.source import CredentialSource, FileSource, report_expiry
 from proxy.net.tls.expiry import Expiries
 from proxy.telemetry.metrics import Metrics
 
@@ -20,66 +27,86 @@ _log = logging.getLogger("isthmus")
 
 
 def load_identity(config: Config) -> Identity | None:
-    """The configured identity, or None. Raises StartError."""
-    if config.identity is None:
+    """The configured identity, or None. From files it is complete; another source brings the
+    credentials later. Raises StartError.
+    """
+    section = config.identity
+    if section is None:
         return None
-    files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
     try:
-        identity = Identity(
-            files,
+        return Identity(
+            _files(section),
             TLSSettings(
-                session_lifetime=config.identity.session_lifetime, settle=config.identity.settle
+                session_lifetime=section.session_lifetime,
+                settle=section.settle,
+                own_domain=config.trust_domain,
             ),
         )
     except MaterialError as error:
         raise StartError(str(error), 64) from error
-    if identity.id.trust_domain != config.trust_domain:
-        raise StartError(
-            f"{files.certificate} is for the trust domain {identity.id.trust_domain}, not"
-            f" {config.trust_domain}",
-            64,
-        )
-    return identity
+
+
+def _files(section: IdentityConfig) -> MaterialFiles | None:
+    if section.certificate is None or section.key is None:
+        return None
+    return MaterialFiles(section.certificate, section.key, section.roots)
+
+
+def _source(section: IdentityConfig) -> CredentialSource:
+    """The source of the credentials. Raises StartError."""
+    if section.source == "files":
+        return FileSource(section.reload_interval)
+    raise StartError(f"identity.source: {section.source} is not available in this version", 64)
 
 
 class OwnIdentity:
-    """The identity of this process, or None. `expiries`: the connections whose lifetime
-    certificates limit.
+    """The identity of this process, or None. `known` is set when its credentials are there, or none
+    are configured. `expiries`: the connections whose lifetime certificates limit. Raises
+    StartError.
     """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.current = load_identity(config)
+        self.known = trio.Event()
         self._metrics = metrics
-        section = config.identity
-        self._interval = section.reload_interval if section is not None else 0.0
+        self._section = section = config.identity
+        self._source = _source(section) if section is not None else None
+        self._why = ""
         self._bounded = section is not None and section.end_with_certificate
         grace = section.expiry_grace if section is not None else 0.0
         self.expiries = Expiries(grace, metrics.count_certificate_end, enabled=self._bounded)
-        if self.current is not None:
+        if self.current is None:
+            self.known.set()
+        elif self.current.known:
             self._note(self.current)
 
     def not_ready(self) -> str | None:
-        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept
-        it."""
-        return self.current.validity_problem() if self.current is not None else None
+        """Why peers refuse our certificate now (not yet valid, or expired), or why there is none
+        yet; None if they accept it."""
+        if self.current is None:
+            return None
+        problem = self.current.validity_problem()
+        if problem is not None and not self.current.known and self._why:
+            return f"{problem}: {self._why}"
+        return problem
 
     async def watch(self) -> None:
-        """Reload changed files until cancelled."""
-        if self.current is None:
+        """Keep the credentials current until cancelled."""
+        identity, source, section = self.current, self._source, self._section
+        if identity is None or source is None or section is None:
             return
-        for warning in self.current.warnings:
-            _log.warning("%s", warning)
-        await identities.watch(
-            self.current,
-            self._interval,
-            self._changed,
-            self._broken,
-            lambda sentence: _log.warning("%s", sentence),
-        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report_expiry, identity, section.reload_interval, _warn)
+            if identity.known:
+                _warn_of(identity)
+            await source.run(identity, self._changed, self._failed)
 
     def _changed(self, identity: Identity) -> None:
         self._metrics.count_identity_reload("ok")
+        first = not self.known.is_set()
         self._note(identity)
+        if first:
+            _warn_of(identity)
         self.expiries.untrust(identity.roots)
         _log.info(
             "new certificate or trust roots in use: %s, valid until %s",
@@ -87,15 +114,29 @@ class OwnIdentity:
             identity.not_after.isoformat(),
         )
 
-    def _broken(self, error: MaterialError) -> None:
+    def _failed(self, error: Exception) -> None:
         self._metrics.count_identity_reload("error")
-        _log.error(
-            "cannot use the changed certificate, key or roots, keeping the old ones: %s", error
-        )
+        self._why = str(error)
+        if self.known.is_set():
+            _log.error(
+                "cannot use the changed certificate, key or roots, keeping the old ones: %s", error
+            )
+        else:
+            _log.error("there is no certificate yet: %s", error)
 
     def _note(self, identity: Identity) -> None:
+        self.known.set()
         self._metrics.set_validity(
             identity.not_before.timestamp(),
             identity.not_after.timestamp(),
             identity.roots_not_after.timestamp(),
         )
+
+
+def _warn(sentence: str) -> None:
+    _log.warning("%s", sentence)
+
+
+def _warn_of(identity: Identity) -> None:
+    for warning in identity.warnings:
+        _warn(warning)

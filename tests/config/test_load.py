@@ -220,9 +220,9 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
     found = mistakes(tmp_path, WRONG)
     assert [mistake.split(": ")[0] for mistake in found] == [
         "cluter", "mark", "outbound.listen[0]", "outbound.listen[1]", "outbound.listen[2]", "outbound.opaque_ports[0]",
-        "outbound.opaque_ports[1]", "outbound.opaque_ports[2]", "outbound.detect_timeout", "inbound", "identity.certificate",
-        "identity.key", "identity.roots", "http.idle_timout", "http.max_head_bytes", "http.head_timeout", "http.body_timeout",
-        "log.level", "log.access", "intercept.skip_inbound_subnets[0]",
+        "outbound.opaque_ports[1]", "outbound.opaque_ports[2]", "outbound.detect_timeout", "inbound", "identity.key",
+        "http.idle_timout", "http.max_head_bytes", "http.head_timeout", "http.body_timeout", "log.level",
+        "log.access", "intercept.skip_inbound_subnets[0]",
     ]  # fmt: skip
     assert "cluter: unknown key (did you mean 'cluster'?)" in found
     assert "http.body_timeout: must be from 100ms to 1d, found '90d'" in found
@@ -244,6 +244,9 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
             "inbound.allow.80",
         ),
         ("identity: {certificate: c, key: k, roots: []}", "identity.roots"),
+        ("identity: {certificate: c, roots: [r]}", "identity.key"),
+        ("identity: {key: k, roots: [r]}", "identity.certificate"),
+        ("identity: {source: spiffe, key: k}", "identity.key"),
         ("http: {max_head_bytes: 1KiB}", "http.max_target_bytes"),
         ("pool: {max_connections_per_endpoint: 1}", "pool.max_idle_per_endpoint"),
         ("pool: {idle_timeout: 10m}", "pool.idle_timeout"),

@@ -24,8 +24,8 @@ from proxy.identity.identity import (
     PeerRefused,
     TLSSettings,
     verify_peer,
-    watch,
 )
+from proxy.identity.source import FileSource, report_expiry
 from tests.kit.certs import signed_with_sha1
 from tests.kit.workloads import (
     DAY,
@@ -470,7 +470,7 @@ async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autoj
         MaterialFiles(mount / "certificate.pem", mount / "key.pem", (mount / "roots.pem",))
     )
     log = Log()
-    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
+    nursery.start_soon(FileSource(10).run, identity, log.changed, log.failed)
     await trio.sleep(35)
     assert log.reports == []
     (mount / "..new").symlink_to(versions[1].directory)
@@ -485,7 +485,7 @@ async def test_the_watcher_reports_broken_files_once_and_loads_repaired_ones(
 ):
     identity = cart.identity()
     log = Log()
-    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
+    nursery.start_soon(FileSource(10).run, identity, log.changed, log.failed)
     await trio.sleep(5)
     cart.files.certificate.unlink()
     await trio.sleep(50)
@@ -501,7 +501,7 @@ async def test_the_watcher_loads_credentials_when_they_become_valid(
     clock = Clock()
     identity = cart.identity(clock=clock)
     log = Log()
-    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
+    nursery.start_soon(FileSource(10).run, identity, log.changed, log.failed)
     await trio.sleep(5)
     cart.renew(root, now=clock.now + timedelta(hours=1))
     await trio.sleep(50)
@@ -515,7 +515,7 @@ async def test_the_watcher_loads_credentials_when_they_become_valid(
 async def test_the_watcher_warns_before_the_end(cart, autojump_clock, nursery):
     clock = Clock()
     log = Log()
-    nursery.start_soon(watch, cart.identity(clock=clock), 10, log.changed, log.failed, log.warned)
+    nursery.start_soon(report_expiry, cart.identity(clock=clock), 10, log.warned)
     await trio.sleep(15)
     clock.now += timedelta(hours=20)
     await trio.sleep(30)
@@ -523,3 +523,31 @@ async def test_the_watcher_warns_before_the_end(cart, autojump_clock, nursery):
     assert kind == "warned"
     assert "our certificate ends in 3 hours" in sentence
     nursery.cancel_scope.cancel()
+
+
+def test_an_identity_without_files_waits_for_its_first_credentials(cart, root):
+    waiting = Identity(None)
+    assert (waiting.known, waiting.generation) == (False, 0)
+    assert waiting.validity_problem() == "there is no certificate yet"
+    assert waiting.expiry_warnings() == []
+    with pytest.raises(AttributeError):
+        _ = waiting.client_context
+    read = contents.read_files(cart.files)
+    names = contents.MaterialNames("the answer", "our key", ("the roots",))
+    assert waiting.use(contents.Contents(names, read.parts)) is True
+    assert (waiting.known, waiting.generation, waiting.id) == (True, 1, spiffe("cart"))
+    assert waiting.use(contents.Contents(names, read.parts)) is False
+    assert waiting.reload() is False
+    other = (*read.parts[:1], issue.issue(root, spiffe("cart")).key_pem, *read.parts[2:])
+    before = waiting.client_context
+    with pytest.raises(MaterialError, match=r"^our key: does not belong to the certificate in the"):
+        waiting.use(contents.Contents(names, other))
+    assert waiting.client_context is before
+
+
+def test_a_certificate_of_another_trust_domain_is_not_used(cart, root):
+    identity = cart.identity()
+    assert identity.id.trust_domain == DOMAIN
+    with pytest.raises(MaterialError, match=f"is for the trust domain {DOMAIN}, not other"):
+        Identity(cart.files, TLSSettings(own_domain="other.example"))
+    assert Identity(cart.files, TLSSettings(own_domain=DOMAIN)).id == identity.id

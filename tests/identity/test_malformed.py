@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from proxy import cli, files
 from proxy.identity import credentials, issue
-from proxy.identity.identity import MaterialError, watch
+from proxy.identity.identity import MaterialError
 from proxy.identity.inspect import describe
+from proxy.identity.source import FileSource
 from tests.kit.workloads import DOMAIN, Log, spiffe
 
 CERTIFICATE, KEY = "CERTIFICATE", "PRIVATE KEY"
@@ -185,7 +186,7 @@ async def test_a_running_watch_survives_a_malformed_root(
     cart, root, damage, autojump_clock, nursery
 ):
     identity, log = cart.identity(), Log()
-    nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.reports.append)
+    nursery.start_soon(FileSource(10).run, identity, log.changed, log.failed)
     await trio.sleep(15)
     with cart.files.roots[0].open("ab") as file:
         file.write(damage.done_to(issue.make_root(DOMAIN)))
