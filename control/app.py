@@ -25,7 +25,7 @@ import trio
 from control.admin import Admin
 from control.channel.server import About, Channel
 from control.config import Settings
-from control.discovery.catalog import Changes
+from control.discovery.catalog import Catalog, Changes
 from control.discovery.discovery import Discovery, Watching
 from control.kube.client import Client
 from control.kube.leases import Election
@@ -80,10 +80,10 @@ class Control:
         self.config = config
         self.client = client
         settings = config.settings
+        networks = config.channel.networks if config.channel is not None else ()
+        catalog = Catalog(config.trust_domain, networks)
         watching = Watching(settings.watch, settings.backoff)
-        self.discovery = Discovery(
-            client, config.trust_domain, self._on_changes, settings.discovery, watching
-        )
+        self.discovery = Discovery(client, catalog, self._on_changes, settings.discovery, watching)
         lease = config.namespace, settings.lease.name
         self.election = Election(client, lease, config.identity, settings.lease)
         self.recorder = Recorder(client, CONTROLLER, config.identity, settings.events)

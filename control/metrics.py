@@ -55,6 +55,9 @@ class Metrics:
         )
         self._services = gauge("services", "Services in the directory")
         self._meshed = gauge("meshed_addresses", "Addresses of pods that have a sidecar")
+        self._unknown = gauge(
+            "unknown_addresses", "Addresses at which an identity may be expected that is not known"
+        )
         self._problems = gauge(
             "services_with_problems", "Services with a problem, such as a refused endpoint"
         )
@@ -76,6 +79,7 @@ class Metrics:
         parts, catalog = self._parts, self._parts.discovery.catalog
         self._services.at().set(len(catalog.services))
         self._meshed.at().set(len(catalog.pods))
+        self._unknown.at().set(len(catalog.unknown))
         self._problems.at().set(len(catalog.problems))
         self._leading.at().set(parts.election.leading)
         self._requests.at().set(parts.client.requests)

@@ -71,6 +71,10 @@ class DirectoryUnavailable(IsthmusError):
     """The control plane did not answer where an address of the cluster leads."""
 
 
+class IdentityUnknown(IsthmusError):
+    """An identity may be expected at the destination, but the control plane does not know which."""
+
+
 class NotExported(IsthmusError):
     """The request asked a gateway for a service that its cluster does not export."""
 
@@ -181,6 +185,7 @@ TABLE: dict[type[BaseException], Answer] = {
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
     DirectoryUnavailable: Answer(503, 14, "destination_unavailable", "directory_unavailable"),
+    IdentityUnknown: Answer(503, 14, "destination_unavailable", "identity_unknown"),
     AllCircuitsOpen: Answer(503, 14, "destination_unavailable", "circuit_open"),
     QueueFull: Answer(503, 8, "connection_limit_reached", "queue_full"),
     DeadlineExceeded: Answer(504, 4, "http_response_timeout", "deadline_exceeded"),

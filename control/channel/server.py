@@ -8,7 +8,8 @@ after one of them was restarted, and a proxy whose certificate is not renewed is
 
 Only clients with a certificate of the trust domain are accepted. Where a proxy runs is what
 discovery knows of the pod at its address, if that pod has the identity of the certificate.
-Otherwise it is what the proxy says; a wrong place gives it the endpoints of that place.
+Otherwise it is what the proxy says; a wrong place gives it the endpoints of that place. Its
+namespace is that of its certificate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import trio
 
 from control.channel.session import Session
 from control.channel.views import Views
+from control.contract import SpiffeId
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.views import Place
 from proxy.directory.channel.messages import (
@@ -250,7 +252,8 @@ class Channel:
             (namespace, _), pod = held
             if str(self._catalog.identity(namespace, pod.account)) == peer:
                 node = pod.node
-        return Place(node, self._catalog.zone(node) or (hello.zone if node == hello.node else ""))
+        zone = self._catalog.zone(node) or (hello.zone if node == hello.node else "")
+        return Place(node, zone, SpiffeId.parse(peer).namespace if peer else "")
 
 
 class _Link:

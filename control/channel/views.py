@@ -5,6 +5,9 @@ only if the service has topology hints or internalTrafficPolicy Local. So nearly
 content for all proxies, and proxies of one zone or node share the others. The content is encoded
 with its frame, and all connections send the same bytes.
 
+The content of the bare address of an endpoint depends on the namespace of the proxy if a slice
+lists an address that belongs to no pod: its tenant must not change what others find there.
+
 A topic knows which services it was made of. When one of them changes, its contents are dropped, and
 computed again when a follower is to be sent something.
 """
@@ -12,7 +15,7 @@ computed again when a follower is to be sent something.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +32,7 @@ from proxy.directory.channel.views import (
     PodView,
     PortView,
     ServiceView,
+    UnknownView,
     encode,
 )
 
@@ -96,7 +100,7 @@ class Views:
                 names += (f"a/{address}" for address in entry.addresses)
                 names += (f"a/{endpoint.address}" for endpoint in entry.endpoints)
             found.update((self.topics[name], None) for name in names if name in self.topics)
-        for address in changes.pods:
+        for address in (*changes.pods, *changes.unknown):
             if (topic := self.topics.get(f"a/{address}")) is not None:
                 found[topic] = None
         for topic in found:
@@ -106,6 +110,7 @@ class Views:
 
     def variant(self, topic: Topic, place: Place) -> Variant:
         """The content of a topic for a proxy at `place`."""
+        place = self._seen_from(topic, place)
         variant = topic.variants.get(place)
         if variant is None:
             if len(topic.variants) >= _MOST_VARIANTS:  # also places of proxies that are gone
@@ -142,7 +147,14 @@ class Views:
             return self._service(owner, place)
         listed = list(self._catalog.listing(name))
         self._made_of(topic, [entry.key for entry in listed])
-        return self._pod(name, listed), Place()
+        return self._pod(name, listed, place)
+
+    def _seen_from(self, topic: Topic, place: Place) -> Place:
+        """The part of a place that a content of this topic may depend on."""
+        kind, _, name = topic.key.partition("/")
+        if kind == "a" and self._catalog.owner(name) is None:
+            return Place(namespace=place.namespace)
+        return Place(place.node, place.zone)
 
     def _made_of(self, topic: Topic, keys: Iterable[Key]) -> None:
         for key in topic.services:
@@ -162,21 +174,38 @@ class Views:
         sort = relevant(entry, place)
         return service_view(entry, sort), sort
 
-    def _pod(self, address: str, listed: list[ServiceEntry]) -> PodView | None:
+    def _pod(
+        self, address: str, listed: Sequence[ServiceEntry], place: Place
+    ) -> tuple[PodView | UnknownView | None, Place]:
+        namespace = place.namespace
         pod = self._catalog.pods.get(address)
-        found = [
+        unknown = self._catalog.unknown.get(address)
+        every = [
             (entry, endpoint)
             for entry in listed
             for endpoint in entry.endpoints
             if endpoint.address == address
         ]
+        found = [
+            (entry, endpoint)
+            for entry, endpoint in every
+            if not endpoint.outside or entry.key[0] == namespace
+        ]
+        same_for_all = len(every) == len(found) and not any(end.outside for _, end in every)
+        sort = Place() if same_for_all and unknown is None else place
+        if unknown is not None:
+            here = namespace in unknown.pending or namespace in unknown.refused
+            if here or unknown.everywhere:
+                soon = bool(unknown.pending) and namespace not in unknown.refused
+                return UnknownView(pending=soon), sort
         if pod is None and not found:
-            return None
+            return None, sort
         known = pod or found[0][1]
         identity = str(known.identity) if known.identity is not None else ""
         ports = tuple(_pod_ports(found))
         skipped = tuple(sorted(known.skip_ports)) if identity else ()
-        return PodView(address, identity, skipped, known.zone, ports)
+        vouched = pod is not None or not found[0][1].outside
+        return PodView(address, identity, skipped, known.zone, ports, vouched), sort
 
 
 def _check(key: str) -> None:
@@ -234,7 +263,9 @@ def _endpoint(
     ports = tuple(
         (port, served.get(port, 0)) for port, target in usual.items() if served.get(port) != target
     )
-    return EndpointView(endpoint.address, identity, skip_ports, ports, ready, endpoint.zone)
+    return EndpointView(
+        endpoint.address, identity, skip_ports, ports, ready, endpoint.zone, not endpoint.outside
+    )
 
 
 def _pod_ports(found: Iterable[tuple[ServiceEntry, EndpointEntry]]) -> Iterator[PodPort]:

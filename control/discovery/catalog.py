@@ -9,17 +9,31 @@ Addresses are indexed by their holders: pods by their addresses, services by the
 addresses, slices by the addresses of their endpoints. Pods on the host network have the address of
 their node and do not count as its holder. While an address moves, two objects may have it. Then the
 newer one is its holder.
+
+Addresses outside. A slice may list any address, also one that belongs to no pod: a database, or
+8.8.8.8. Its tenant may say how clients of its service and of its namespace reach it. Others, who
+connect to the bare address for their own reasons, must not notice.
+
+Addresses whose identity is unknown. Slices, Services and pods are watched separately. So a slice
+may name a pod that is not known yet, and clients find its address by DNS at once. Such an address
+must not look like one that the mesh does not have, or it would get clear text. `unknown` has these
+addresses. They fail for clients of the slice's namespace, and for all others only if nothing but
+pods has such addresses: otherwise a tenant could block any address by a slice with a pod that does
+not exist. These are the cluster's networks as configured. If none are configured, these are the
+networks of pods that are known: /24 for IPv4, /64 for IPv6.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import ipaddress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from control.contract import SpiffeId, SpiffeIdError, check_trust_domain
-from control.discovery.entries import PodEntry, ServiceEntry
+from control.discovery.entries import PodEntry, ServiceEntry, UnknownEntry
 from control.discovery.facts import PodFact, ServiceFact, SliceFact
 from control.discovery.resolve import resolve
 from control.kube.resources import Key
@@ -55,25 +69,30 @@ class Index(Generic[K]):
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What has changed: services by key, and pods by address. None: it is gone."""
+    """What has changed: services by key; pods and unknown identities by address. None: it is
+    gone."""
 
     services: dict[Key, ServiceEntry | None] = field(default_factory=dict)
     pods: dict[str, PodEntry | None] = field(default_factory=dict)
+    unknown: dict[str, UnknownEntry | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.services or self.pods)
+        return bool(self.services or self.pods or self.unknown)
 
 
 class Catalog:
-    """Holds all facts and entries. `services` and `pods` are the entries as of the last `flush`.
-    `problems`: what is wrong with services, as texts for people.
+    """Holds all facts and entries. `services`, `pods` and `unknown` are the entries as of the last
+    `flush`. `problems`: what is wrong with services, as texts for people. `networks`: of the pods
+    and services of the cluster, as CIDR; empty: they are not configured.
     """
 
-    def __init__(self, trust_domain: str) -> None:
-        """Raises SpiffeIdError if `trust_domain` is not a valid trust domain."""
+    def __init__(self, trust_domain: str, networks: Sequence[str] = ()) -> None:
+        """Raises SpiffeIdError if `trust_domain` is not a valid trust domain, ValueError if
+        `networks` are not."""
         check_trust_domain(trust_domain)
         self.services: dict[Key, ServiceEntry] = {}
         self.pods: dict[str, PodEntry] = {}
+        self.unknown: dict[str, UnknownEntry] = {}
         self.problems: dict[Key, tuple[str, ...]] = {}
         self.identity = functools.lru_cache(maxsize=4096)(
             functools.partial(_identity, trust_domain)
@@ -103,7 +122,10 @@ class Catalog:
         self._moved: dict[str, None] = {}
         # Addresses whose meaning has changed: the services that list them are stale.
         self._touched: dict[str, None] = {}
-        self._externals: dict[str, SpiffeId | None] = {}  # `external`, during a flush
+        # `external`, during a flush
+        self._externals: dict[tuple[str, str], SpiffeId | None] = {}
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+        self._subnets: Counter[str] = Counter()  # of the addresses of pods
 
     @property
     def stale(self) -> bool:
@@ -164,6 +186,7 @@ class Catalog:
         self._stale.update(dict.fromkeys(self._misnamed.at("/".join(key))))
         self._holders.move(key, _held(before), _held(fact))
         self._hosts.move(key, _held(before, host=True), _held(fact, host=True))
+        self._count_subnets(_held(before), _held(fact))
         for part in (before, fact):
             for address in part.ips if part is not None else ():
                 self._touch(address)
@@ -191,6 +214,21 @@ class Catalog:
         for address in _addresses(part):
             self._touch(address)
 
+    def _count_subnets(self, before: Iterable[str], after: Iterable[str]) -> None:
+        counts = self._subnets
+        changed: set[str] = set()
+        for subnet in map(_subnet, after):
+            counts[subnet] += 1
+            if counts[subnet] == 1:
+                changed.add(subnet)
+        for subnet in map(_subnet, before):
+            counts[subnet] -= 1
+            if not counts[subnet]:
+                del counts[subnet]
+                changed.add(subnet)
+        if changed:
+            self._touched.update((a, None) for a in self.unknown if _subnet(a) in changed)
+
     # Entries
 
     def flush(self) -> Changes:
@@ -208,12 +246,20 @@ class Catalog:
                 changes.services[key] = entry
                 before = _swap(self.services, key, entry)
                 self._owned.move(key, _clustered(before), _clustered(entry))
-                self._serving.move(key, _served(before), _served(entry))
+                served = self._serving.move(key, _served(before), _served(entry))
+                fact = self._services.get(key)
+                if fact is not None and (fact.careful or fact.identity is not None):
+                    moved.update(dict.fromkeys(served))
         for address in moved:
             pod = self._pod_entry(address)
             if pod != self.pods.get(address):
                 changes.pods[address] = pod
                 _swap(self.pods, address, pod)
+        for address in {**touched, **moved}:
+            unknown = self._unknown_entry(address)
+            if unknown != self.unknown.get(address):
+                changes.unknown[address] = unknown
+                _swap(self.unknown, address, unknown)
         self._externals.clear()
         return changes
 
@@ -256,6 +302,46 @@ class Catalog:
             if identity is None
             else PodEntry(address, identity, pod.skip_ports, self.zone(pod.node), pod.node)
         )
+
+    def _unknown_entry(self, address: str) -> UnknownEntry | None:
+        holder = self.holder(address)
+        if holder is not None:
+            (namespace, _), pod = holder
+            if not pod.meshed or self.identity(namespace, pod.account) is not None:
+                return None
+            return UnknownEntry(_NOWHERE, frozenset((namespace,)), everywhere=True)
+        if self.is_cluster_address(address):
+            return None
+        pending: set[str] = set()
+        refused: set[str] = set()
+        serving = {key[0] for key in self._serving.at(address)}
+        for part in self._listed.at(address):
+            fact, namespace = self._slices[part], part[0]
+            if namespace in pending:
+                continue
+            service = self._services.get(fact.service)
+            wants = service is not None and (service.careful or service.identity is not None)
+            for endpoint in fact.endpoints:
+                if endpoint.address != address:
+                    continue
+                if endpoint.target is None:
+                    if service is None:
+                        pending.add(namespace)
+                    elif wants and namespace not in serving:
+                        refused.add(namespace)
+                elif endpoint.target[0] == namespace and not self.is_host(address):
+                    pending.add(namespace)
+        if not pending and not refused:
+            return None
+        named = bool(pending) and self._is_of_pods(address)
+        return UnknownEntry(frozenset(pending), frozenset(refused), everywhere=named)
+
+    def _is_of_pods(self, address: str) -> bool:
+        """Whether nothing but pods has addresses like this one."""
+        if not self._networks:
+            return _subnet(address) in self._subnets
+        literal = ipaddress.ip_address(address)
+        return any(literal in network for network in self._networks)
 
     def _owner(self, address: str) -> Key | None:
         """The service that has this cluster address. If several have it, the newest one."""
@@ -304,21 +390,23 @@ class Catalog:
         """See judge.World."""
         return bool(self._hosts.at(address))
 
-    def external(self, address: str) -> SpiffeId | None:
+    def external(self, address: str, namespace: str) -> SpiffeId | None:
         """See judge.World."""
-        if address in self._externals:
-            return self._externals[address]
+        key = address, namespace
+        if key in self._externals:
+            return self._externals[key]
         oldest = min(
-            self._claims(address),
+            self._claims(address, namespace),
             key=lambda service: (service.created, service.uid, str(service.identity)),
             default=None,
         )
-        found = self._externals[address] = oldest.identity if oldest is not None else None
+        found = self._externals[key] = oldest.identity if oldest is not None else None
         return found
 
-    def _claims(self, address: str) -> Iterator[ServiceFact]:
-        """The services that list an address without naming a pod."""
-        for key in {self._slices[part].service: None for part in self._unnamed.at(address)}:
+    def _claims(self, address: str, namespace: str) -> Iterator[ServiceFact]:
+        """The services of a namespace that list an address without naming a pod."""
+        parts = (part for part in self._unnamed.at(address) if part[0] == namespace)
+        for key in {self._slices[part].service: None for part in parts}:
             service = self._services.get(key)
             if (
                 service is None
@@ -338,6 +426,16 @@ def _identity(trust_domain: str, namespace: str, account: str) -> SpiffeId | Non
         return SpiffeId(trust_domain, namespace, account)
     except SpiffeIdError:
         return None
+
+
+_NOWHERE: frozenset[str] = frozenset()
+
+
+@functools.lru_cache(maxsize=65536)
+def _subnet(address: str) -> str:
+    """The network in which pods have addresses, if one of them has this one."""
+    size = 64 if ":" in address else 24
+    return str(ipaddress.ip_network(f"{address}/{size}", strict=False))
 
 
 V = TypeVar("V")

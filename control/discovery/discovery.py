@@ -50,24 +50,23 @@ class Watching:
 
 
 class Discovery:
-    """Keeps a catalog up to date. Calls `on_changes` with each set of changes. The first set has
+    """Keeps `catalog` up to date. Calls `on_changes` with each set of changes. The first set has
     everything. `on_changes` must not block.
     """
 
     def __init__(
         self,
         client: Client,
-        trust_domain: str,
+        catalog: Catalog,
         on_changes: Callable[[Changes], None],
         rules: DiscoveryRules | None = None,
         watching: Watching | None = None,
     ) -> None:
-        self.catalog = Catalog(trust_domain)
+        self.catalog = catalog
         self.ready = trio.Event()  # set after the first report, which has everything
         self._on_changes = on_changes
         self._rules = rules or DiscoveryRules()
         self._stale = trio.Event()
-        catalog = self.catalog
         self.reflectors: Sequence[Reflector[Any, Any]] = (
             Reflector(client, NODES, node_zone, self._observer(self._node)),
             Reflector(client, PODS, pod_fact, self._observer(catalog.pod), RUNNING),

@@ -1,4 +1,5 @@
-"""The entries that proxies get: services with their ports and endpoints, and pods by address."""
+"""The entries that proxies get: services with their ports and endpoints, pods by address, and
+addresses whose identity is unknown."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ class EndpointEntry(Entry, frozen=True):
     """An endpoint of a service.
 
     `identity`: the only peer that is accepted there, except on `skip_ports`; None: clear text.
-    `ports`: pairs of a service port and the endpoint's own port for it. views.py uses the other
-    fields.
+    `ports`: pairs of a service port and the endpoint's own port for it. `outside`: no pod vouches
+    for the address, so others than the clients of the service must not believe what it says about
+    it. views.py uses the other fields.
     """
 
     address: str
@@ -31,6 +33,7 @@ class EndpointEntry(Entry, frozen=True):
     hostname: str = ""
     zones: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
+    outside: bool = False
 
 
 class PortEntry(Entry, frozen=True):
@@ -62,3 +65,17 @@ class PodEntry(Entry, frozen=True):
     skip_ports: frozenset[int]
     zone: str = ""
     node: str = ""
+
+
+class UnknownEntry(Entry, frozen=True):
+    """An address at which an identity may be expected, but it is not known which one. Connections
+    to it must fail.
+
+    `pending`: the namespaces whose slices name a pod there that is not known yet. `refused`: the
+    namespaces whose services expect an identity there that cannot be told. It holds for clients of
+    these namespaces. `everywhere`: for all clients.
+    """
+
+    pending: frozenset[str]
+    refused: frozenset[str]
+    everywhere: bool

@@ -16,12 +16,16 @@ account, kubelets write their addresses, and the injector writes their label.
     unknown     no pod                      the Service's identity annotation, or clear text
     a node      no pod                      clear text; refused if the Service has the annotation
 
+No pod vouches for the last two. What a Service says about such an address holds only for clients
+that use this Service, and for clients of its namespace (catalog.py, "Addresses outside").
+
 The annotation is isthmus.dev/endpoint-identity. Pods on the host network have no identity, so a
 node's address has none either.
 
-An address has one identity, no matter which slice lists it. Services may disagree about an address
-that belongs to no pod. Then the oldest service wins, and the endpoints of the others are refused.
-So no tenant can take an address from a service that uses it already.
+In one namespace an address has one identity, no matter which slice lists it. Services may disagree
+about an address that belongs to no pod. Then the oldest service of the namespace wins, and the
+endpoints of its others are refused. Services of other namespaces do not matter, so no tenant can
+take an address from others.
 
 A refused endpoint is not used: it gets no connection, neither in clear text nor with mTLS, and no
 other endpoint replaces it.
@@ -48,17 +52,18 @@ class ClusterView(Protocol):
     def is_cluster_address(self, address: str) -> bool: ...
     def identity(self, namespace: str, account: str) -> SpiffeId | None: ...
     def is_host(self, address: str) -> bool: ...
-    def external(self, address: str) -> SpiffeId | None: ...
+    def external(self, address: str, namespace: str) -> SpiffeId | None: ...
     def zone(self, node: str) -> str: ...
 
 
 class ExpectedPeer(NamedTuple):
     """The identity that is expected at an address, except on `skip_ports`. None: clear text, any
-    peer.
+    peer. `outside`: no pod vouches for it.
     """
 
     identity: SpiffeId | None
     skip_ports: frozenset[int]
+    outside: bool = False
 
 
 class Refusal(NamedTuple):
@@ -86,9 +91,9 @@ def judge(
         return Refusal(f"{address} needs the identity of an annotation that cannot be parsed")
     if service.identity is not None and world.is_host(address):
         return Refusal(f"{address} is the address of a node, whose pods have no identity there")
-    if world.external(address) != service.identity:
+    if world.external(address, namespace) != service.identity:
         return Refusal(f"an older service expects another identity at {address}")
-    return ExpectedPeer(service.identity, _NO_PORTS)
+    return ExpectedPeer(service.identity, _NO_PORTS, outside=True)
 
 
 def _named(

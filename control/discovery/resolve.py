@@ -90,4 +90,5 @@ def _entry(
         endpoint.hostname,
         endpoint.zones,
         endpoint.nodes,
+        who.outside,
     )

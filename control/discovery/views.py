@@ -24,10 +24,11 @@ from control.discovery.entries import EndpointEntry, ServiceEntry
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a client is. "": not known, so no hint is for it."""
+    """Where a client is. "": not known, so no hint is for it. `namespace`: the client's own."""
 
     node: str = ""
     zone: str = ""
+    namespace: str = ""
 
 
 NOWHERE = Place()

@@ -18,6 +18,7 @@ from proxy.directory.json_schema import directory_schema
 from proxy.directory.reader import DirectoryError, parse
 from proxy.directory.snapshot import (
     UNANSWERED,
+    UNIDENTIFIED,
     Backend,
     Cluster,
     Directory,
@@ -36,6 +37,7 @@ from proxy.directory.snapshot import (
 
 __all__ = [
     "UNANSWERED",
+    "UNIDENTIFIED",
     "Backend",
     "Cluster",
     "Directory",

@@ -207,6 +207,7 @@ class Requested:
     snapshots of one source share it."""
 
     hosts: set[str] = field(default_factory=set)  # asked for, and not answered
+    unidentified: set[str] = field(default_factory=set)  # answered: the identity is unknown
     names: set[str] = field(default_factory=set)  # "name.namespace", answered
     used: set[str] = field(default_factory=set)  # names that were looked up; the source clears it
 
@@ -238,7 +239,8 @@ class Directory:
 
     def known(self, original: Address) -> Target | None:
         """The target of an address. None: the directory does not have it. UNANSWERED: whether it
-        has the address is not known. The time does not depend on the size of the directory."""
+        has the address is not known. UNIDENTIFIED: which identity is there is not known. The time
+        does not depend on the size of the directory."""
         target = self.clustered.get(original) or self.served.get(original)
         if target is not None:
             return target
@@ -246,9 +248,11 @@ class Directory:
         if pod is None:
             if original.host.startswith("::ffff:"):
                 return self.known(Address(normalised(original.host), original.port))
-            if self.requested is not None and original.host in self.requested.hosts:
-                return UNANSWERED
-            return None
+            if self.requested is None:
+                return None
+            if original.host in self.requested.unidentified:
+                return UNIDENTIFIED
+            return UNANSWERED if original.host in self.requested.hosts else None
         return Target(None, (pod.at(original),))
 
     def resolve(self, original: Address) -> Target:
@@ -313,6 +317,8 @@ class Directory:
 
 # The control plane has not said yet where this goes.
 UNANSWERED = Target(None, ())
+# The control plane does not know which identity this has. It gets no clear text.
+UNIDENTIFIED = Target(None, ())
 
 
 def itself(original: Address) -> Target:

@@ -6,7 +6,7 @@ cannot carry, and change nothing then but what the ordinary path would change to
 
 from __future__ import annotations
 
-from proxy.directory import UNANSWERED, Endpoint, Target, itself
+from proxy.directory import UNANSWERED, UNIDENTIFIED, Endpoint, Target, itself
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import LoopDetected, RequestError, UpstreamTLSError
 from proxy.exchange.client import Client
@@ -69,7 +69,8 @@ class OutboundPlan:
     # The decisions, for both paths.
 
     def _find_service(self, exchange: Exchange) -> Target:
-        """The target that the request is for. UNANSWERED: the directory does not know yet."""
+        """The target that the request is for. UNANSWERED, UNIDENTIFIED: the directory does not know
+        yet."""
         request = exchange.request
         target = self._flow.router.meant(
             exchange.facts.destination, lambda: requested_authority(request)
@@ -108,7 +109,8 @@ class OutboundPlan:
     async def _learn(self, exchange: Exchange) -> None:
         """Wait until the directory can tell where the request goes, or the limit is reached. It is
         known for all but the first requests."""
-        if self._find_service(exchange) is not UNANSWERED:
+        target = self._find_service(exchange)
+        if target is not UNANSWERED and target is not UNIDENTIFIED:
             return
         rt, destination = self._flow.rt, exchange.facts.destination
         await rt.directory.learn(destination)

@@ -42,8 +42,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
-from proxy.directory import UNANSWERED, Backend, Directory, Endpoint, Plan, Target, itself
-from proxy.errors import DirectoryUnavailable, NoEndpoint
+from proxy.directory import (
+    UNANSWERED,
+    UNIDENTIFIED,
+    Backend,
+    Directory,
+    Endpoint,
+    Plan,
+    Target,
+    itself,
+)
+from proxy.errors import DirectoryUnavailable, IdentityUnknown, NoEndpoint
 from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
@@ -155,8 +164,8 @@ class Router:
     # The destination.
 
     def known(self, original: Address) -> Target | None:
-        """The target of an address. None: the directory does not have the address. UNANSWERED: that
-        is not known."""
+        """The target of an address. None: the directory does not have the address. UNANSWERED and
+        UNIDENTIFIED: see Directory.known."""
         directory = self.source.current
         target = directory.known(original)
         virtual = self.virtual
@@ -209,12 +218,17 @@ class Router:
     def choose(self, target: Target) -> Target:
         """The target to send a request for `target` to. Raises NoEndpoint if the service is split
         and no backend is usable, or if it is in another cluster and no gateway of that cluster is
-        usable. Raises DirectoryUnavailable for UNANSWERED."""
+        usable. Raises DirectoryUnavailable for UNANSWERED, IdentityUnknown for UNIDENTIFIED."""
         plan = target.plan
         if plan is None:
             if target is UNANSWERED:
                 raise DirectoryUnavailable(
                     "the directory is unavailable: the control plane has not answered"
+                )
+            if target is UNIDENTIFIED:
+                raise IdentityUnknown(
+                    "the control plane does not know which identity to expect there: the pod is"
+                    " new, or a Service has an identity that cannot be used"
                 )
             return (
                 target

@@ -114,8 +114,8 @@ def node(name: str, zone: str) -> Json:
 class Cluster:
     """A catalog that is fed with manifests."""
 
-    def __init__(self) -> None:
-        self.catalog = Catalog(TRUST_DOMAIN)
+    def __init__(self, *networks: str) -> None:
+        self.catalog = Catalog(TRUST_DOMAIN, networks)
 
     def put(self, *items: Json) -> Cluster:
         for item in items:

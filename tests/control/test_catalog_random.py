@@ -29,9 +29,14 @@ class Listener:
     def __init__(self) -> None:
         self.services: dict[Key, Any] = {}
         self.pods: dict[str, Any] = {}
+        self.unknown: dict[str, Any] = {}
 
     def apply(self, changes: Changes) -> None:
-        for known, changed in ((self.services, changes.services), (self.pods, changes.pods)):
+        for known, changed in (
+            (self.services, changes.services),
+            (self.pods, changes.pods),
+            (self.unknown, changes.unknown),
+        ):
             for key, entry in changed.items():
                 assert known.get(key) != entry, "a change that changes nothing"
                 known[key] = entry  # type: ignore[index]
@@ -59,6 +64,7 @@ def test_the_order_of_events_does_not_matter(steps: list[tuple[Json, bool, bool]
     fresh.flush()
     assert cluster.catalog.services == fresh.catalog.services == listener.services
     assert cluster.catalog.pods == fresh.catalog.pods == listener.pods
+    assert cluster.catalog.unknown == fresh.catalog.unknown == listener.unknown
     assert cluster.catalog.problems == fresh.catalog.problems
     cluster.directory()
     no_clear_text(cluster, state)

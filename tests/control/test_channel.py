@@ -244,7 +244,7 @@ async def test_the_location_of_a_proxy_is_that_of_its_pod(workshop: Workshop) ->
             ("10.1.0.8", WEB, "node-9", "node-9"),  # not known yet
         ):
             place = channel.place(host, str(peer), Hello(claimed, "east"))
-            assert place == Place(found, "west" if found == "node-1" else "east")
+            assert place == Place(found, "west" if found == "node-1" else "east", "shop")
 
 
 # Proxies that misbehave...

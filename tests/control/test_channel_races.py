@@ -107,14 +107,14 @@ def test_an_external_endpoint_that_moves_between_slices_keeps_its_identity() -> 
     cluster.flush()
     views = Views(cluster.catalog)
     cluster.put(slice_of("db", name="db-1", version="2"))
-    early = session(views)
+    early = session(views, place=Place(namespace="shop"))
     early.received(Subscribe(((f"a/{EXTERNAL}", b""),)))
     (first,) = answers(early)
     assert first is not None
     cluster.put(slice_of("db", endpoint(EXTERNAL), name="db-2", version="3"))
     views.changed(cluster.flush())
     assert all(answer is not None for answer in answers(early))
-    late = session(views)
+    late = session(views, place=Place(namespace="shop"))
     late.received(Subscribe(((f"a/{EXTERNAL}", b""),)))
     assert answers(late) == [first]
 
@@ -132,15 +132,14 @@ def test_an_annotation_that_becomes_unreadable_concerns_the_other_services_with_
     younger = service(
         "b",
         "10.96.0.2",
-        namespace="other",
         metadata={
             "creationTimestamp": "2026-06-06T00:00:00Z",
-            "annotations": {IDENTITY: str(identity("x", "other"))},
+            "annotations": {IDENTITY: str(identity("x"))},
         },
     )
     slices = [
         slice_of("a", endpoint("10.9.0.5")),
-        slice_of("b", endpoint("10.9.0.5"), namespace="other"),
+        slice_of("b", endpoint("10.9.0.5")),
     ]
     changed = Cluster().put(older(before), younger, *slices)
     changed.flush()

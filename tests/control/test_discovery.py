@@ -15,7 +15,7 @@ from trio.abc import Clock
 from trio.testing import MockClock
 
 from control.contract import SpiffeIdError
-from control.discovery.catalog import Changes
+from control.discovery.catalog import Catalog, Changes
 from control.discovery.discovery import Discovery, DiscoveryRules
 from control.kube.client import Client
 from control.kube.resources import Key
@@ -56,7 +56,7 @@ class Stage:
         self.reports: list[Changes] = []
         self.when: list[float] = []
         self.client = Client(AT, dial=server.dial, chance=random.Random(1))
-        self.discovery = Discovery(self.client, TRUST_DOMAIN, self._tell, rules)
+        self.discovery = Discovery(self.client, Catalog(TRUST_DOMAIN), self._tell, rules)
         for number, reflector in enumerate(self.discovery.reflectors):
             reflector.chance = random.Random(number)
 
@@ -189,7 +189,7 @@ async def test_pods_that_have_ended_are_left_out_by_the_server(
 
 def test_an_invalid_trust_domain_is_refused_at_once() -> None:
     with pytest.raises(SpiffeIdError):
-        Discovery(Client(AT), "Not_A/Domain", lambda _: None)
+        Catalog("Not_A/Domain")
 
 
 STEPS = st.lists(

@@ -139,9 +139,29 @@ def test_an_address_that_becomes_a_pods_is_the_pods() -> None:
     assert cluster.catalog.pods[VICTIM].identity == identity("web")  # and the channel all pods
 
 
-def test_an_address_outside_of_the_cluster_cannot_be_taken_from_a_service_that_has_it() -> None:
-    """In both directions: no clear text where there was an identity, and no other identity where
-    there was clear text."""
+def test_services_of_other_namespaces_do_not_matter_for_an_address_outside() -> None:
+    """In both directions: no clear text where a service has an identity, and no identity where it
+    has none. Each service is as its own namespace says."""
+    gateway = {
+        "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
+    }
+    early = {"creationTimestamp": "2020-01-01T00:00:00Z"}
+    for first, second in (({"metadata": gateway}, {}), ({}, gateway)):
+        cluster = Cluster().put(
+            service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7"))
+        )
+        before = cluster.entry("ours")
+        trap = service("trap", TRAP.host, namespace="evil", metadata={**early, **second})
+        cluster.put(trap, slice_of("trap", endpoint("203.0.113.7"), namespace="evil"))
+        assert cluster.entry("ours") == before
+        (trapped,) = cluster.entry("trap", "evil").endpoints
+        assert (trapped.identity is None) != (before.endpoints[0].identity is None)
+        assert trapped.outside
+        # A directory file has one identity for each address.
+        assert cluster.directory().resolve(Address("10.96.0.7", 80)).endpoints == ()
+
+
+def test_in_one_namespace_the_oldest_service_decides_about_an_address_outside() -> None:
     gateway = {
         "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
     }
@@ -151,14 +171,16 @@ def test_an_address_outside_of_the_cluster_cannot_be_taken_from_a_service_that_h
             service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7"))
         )
         before = cluster.directory()
-        trap = service("trap", TRAP.host, namespace="evil", metadata={**late, **second})
-        cluster.put(trap, slice_of("trap", endpoint("203.0.113.7"), namespace="evil"))
+        cluster.put(
+            service("trap", TRAP.host, metadata={**late, **second}),
+            slice_of("trap", endpoint("203.0.113.7")),
+        )
         after = cluster.directory()
-        assert after.resolve(TRAP) == Target("evil/trap", ())
+        assert after.resolve(TRAP) == Target("shop/trap", ())
         for address in (Address("10.96.0.7", 80), Address("203.0.113.7", 8080)):
             assert after.resolve(address) == before.resolve(address)
-        cluster.remove(service("ours"), slice_of("ours", endpoint("203.0.113.7")))
         cluster.remove(service("ours", "10.96.0.7"))
+        cluster.remove(slice_of("ours", endpoint("203.0.113.7")))
         assert len(cluster.directory().resolve(TRAP).endpoints) == 1
 
 

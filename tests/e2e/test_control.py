@@ -6,9 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import trio
 
-from lab.control_plane import ControlPlane
+from lab.control_plane import NODE, ControlPlane
+from lab.kube_api.store import KINDS
 from lab.load import Load
+from lab.mesh import Service
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import (
@@ -67,14 +70,16 @@ def world(laboratory: Laboratory) -> World:
 async def test_calls_by_service_by_headless_name_and_by_pod_address(
     world: World, host: str
 ) -> None:
+    async def opened(tls: str) -> float:
+        return await counted(
+            world.pair.near, "isthmus_connections_opened_total", peer="dst", tls=tls
+        )
+
+    before = await opened("none")
     found = await curl(world.pair.web, f"http://{host}:{WEB}/")
     assert found.status == 200
-    opened = {
-        tls: await counted(world.pair.near, "isthmus_connections_opened_total", peer="dst", tls=tls)
-        for tls in ("mutual", "none")
-    }
-    assert opened["mutual"] > 0
-    assert opened["none"] == 0
+    assert await opened("mutual") > 0
+    assert await opened("none") == before
 
 
 async def test_opaque_connections_find_their_service(world: World) -> None:
@@ -121,3 +126,37 @@ async def test_without_the_control_plane_only_a_first_use_fails(world: World) ->
     await world.control.start()
     await world.connected(near)
     assert (await curl(web, f"http://{extra.ipv4}:{WEB}/")).status == 200
+
+
+async def test_a_pod_that_only_a_slice_knows_gets_no_clear_text(world: World) -> None:
+    """Its identity is not known yet. When its pod is known, it has none, and is reached."""
+    near, web, control = world.pair.near, world.pair.web, world.control
+    new = world.pair.cluster.pod("new")
+    await web_server(new)
+    of = Service("fresh", "", "", {WEB: "detect"}, (new,), {})
+    control.put_slices(of)
+
+    async def answered(status: int) -> bool:
+        return (await curl(web, f"http://{new.ipv4}:{WEB}/")).status == status
+
+    # Until control knows the slice, the address is as any other outside of the mesh.
+    await eventually(lambda: answered(503), "the slice is known")
+    begun = trio.current_time()
+    found = await curl(web, f"http://{new.ipv4}:{WEB}/")
+    assert found.status == 503
+    assert trio.current_time() - begun > 0.9, "the first use waits"
+    status = found.headers["proxy-status"][0]
+    assert "error=destination_unavailable" in status
+    assert "does not know which identity" in status
+    assert await exchange_raw(web, new.ipv4, ECHO, b"SSH-2.0-x\r\n", end=True) == b""
+    failed: dict[str, Any] = {"direction": "outbound", "reason": "identity_unknown"}
+    assert await counted(near, "isthmus_errors_total", **failed) >= 2
+    control.put(
+        KINDS["v1", "pods"],
+        {
+            "metadata": {"name": "new"},
+            "spec": {"nodeName": NODE},
+            "status": {"phase": "Running", "podIPs": [{"ip": new.ipv4}, {"ip": new.ipv6}]},
+        },
+    )
+    await eventually(lambda: answered(200), "the pod is reached")

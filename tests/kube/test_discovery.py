@@ -6,7 +6,7 @@ from __future__ import annotations
 import trio
 
 from control.contract import SpiffeId
-from control.discovery.catalog import Changes
+from control.discovery.catalog import Catalog, Changes
 from control.discovery.discovery import Discovery
 from control.discovery.entries import ServiceEntry
 from control.kube.objects import Pod
@@ -18,7 +18,7 @@ class Reports:
     """What discovery reports about one service."""
 
     def __init__(self, stage: RealStage) -> None:
-        self.discovery = Discovery(stage.client, "test.local", self._tell)
+        self.discovery = Discovery(stage.client, Catalog("test.local"), self._tell)
         self._key = stage.namespace, "web"
         self._more = trio.Event()
 

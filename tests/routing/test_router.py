@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure
-from proxy.directory import Directory, Endpoint, Service, Target, parse
-from proxy.errors import NoEndpoint
+from proxy.directory import Directory, Endpoint, Requested, Service, Target, parse
+from proxy.errors import DirectoryUnavailable, IdentityUnknown, NoEndpoint
 from proxy.net.address import Address
 from proxy.routing.router import Router
 
@@ -569,3 +569,17 @@ def test_requests_for_another_cluster_are_sent_only_there() -> None:
     world.breaks("203.0.113.7")
     assert world.to("192.0.2.1:80", b"c.east").service == "east/default/c"
     assert world.metrics.away == {("east", "name"): 1}
+
+
+def test_an_address_without_a_known_meaning_fails() -> None:
+    world = World("services: []")
+    requested = Requested()
+    world.known.current = Directory(requested=requested)
+    assert world.to("10.1.0.1:80").endpoints[0].identity is None
+    requested.hosts.add("10.1.0.1")
+    with pytest.raises(DirectoryUnavailable):
+        world.to("10.1.0.1:80")
+    requested.unidentified.add("10.1.0.1")
+    for address in ("10.1.0.1:80", "[::ffff:10.1.0.1]:80"):
+        with pytest.raises(IdentityUnknown):
+            world.to(address)

@@ -11,7 +11,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from proxy.directory.channel.identities import Identities
-from proxy.directory.channel.views import Content, PodView, ServiceView, pod_of, service_of
+from proxy.directory.channel.views import (
+    Content,
+    PodView,
+    ServiceView,
+    UnknownView,
+    pod_of,
+    service_of,
+)
 from proxy.directory.downgrades import Former
 from proxy.directory.service_names import ServiceNames
 from proxy.directory.snapshot import Directory, Pod, Requested, Service, Target, of_family
@@ -22,7 +29,7 @@ from proxy.net.address import Address
 class Losses:
     """What new contents change about identities. `former`: addresses that had an identity, and have
     left or have none now. `services`: those with identities that have left. `meshed` and `plain`:
-    hosts that the new contents state with an identity, and without one."""
+    hosts that the new contents state with an identity, and pods without one."""
 
     former: Mapping[str | Address, Former]
     services: frozenset[str]
@@ -41,6 +48,7 @@ class Assembly:
         self._services: dict[str, Service] = {}  # by key
         self._named: dict[str, Service] = {}  # "name.namespace"
         self._identities = Identities()
+        self.pending: set[str] = set()  # of `requested.unidentified`: known soon
 
     def apply(self, contents: Mapping[str, Content | None]) -> Losses:
         """Use these entries from now on. None: the mesh does not have it."""
@@ -69,6 +77,8 @@ class Assembly:
             kind, _, name = key.partition("/")
             if kind == "a":
                 self.requested.hosts.discard(name)
+                self.requested.unidentified.discard(name)
+                self.pending.discard(name)
                 self._forget(key, name, clustered, served, pods)
             else:
                 self._named.pop(_short(name), None)
@@ -115,7 +125,13 @@ class Assembly:
     ) -> None:
         clustered, served, pods = into
         self.requested.hosts.discard(host)
-        if isinstance(view, ServiceView):
+        self.requested.unidentified.discard(host)
+        self.pending.discard(host)
+        if isinstance(view, UnknownView):
+            self.requested.unidentified.add(host)
+            if view.pending:
+                self.pending.add(host)
+        elif isinstance(view, ServiceView):
             service = service_of(view)
             found = {
                 Address(host, port): of_family(target, host)

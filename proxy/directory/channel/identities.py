@@ -48,7 +48,7 @@ class Identities:
         plain: set[str] = set()
         for key, view in contents.items():
             before = self._known.get(key, {})
-            after, stated = _identities(key, view, before)
+            after, stated, pods = _identities(key, view, before)
             self._replace(key, before, after)
             for what in before.keys() - after.keys():
                 if what not in stated:
@@ -57,7 +57,7 @@ class Identities:
                     lost[what] = replace(before[what], in_place=True)
             lost |= _skipped(before, after)
             meshed.update(what for what in after if isinstance(what, str))
-            plain.update(what for what in stated if isinstance(what, str) and what not in after)
+            plain |= pods - after.keys()
         former = {what: entry for what, entry in gone.items() if what not in self._entries}
         return Change(former | lost, frozenset(meshed), frozenset(plain))
 
@@ -80,7 +80,7 @@ class Identities:
         for key, view in contents.items():
             before = self._known.get(key)
             if before:
-                after, _ = _identities(key, view, before)
+                after, _, _ = _identities(key, view, before)
                 count = len(before.keys() - after.keys()) + len(_skipped(before, after))
                 if count:
                     found[key] = count
@@ -114,16 +114,19 @@ class Identities:
             self._known.pop(key, None)
 
 
-def _identities(key: str, view: Content | None, before: Known) -> tuple[Known, set[str | Address]]:
-    """The addresses with an identity in a content, and all that the content is about."""
+def _identities(
+    key: str, view: Content | None, before: Known
+) -> tuple[Known, set[str | Address], set[str]]:
+    """The addresses with an identity in a content, all that the content is about, and the hosts
+    that belong to a pod by it."""
     kind, _, name = key.partition("/")
     if isinstance(view, PodView):
         services = frozenset(port.service for port in view.ports if port.service)
         skipped = frozenset(view.skip_ports)
         found: Known = {name: Former(view.identity, services, skipped)} if view.identity else {}
-        return found, {name}
+        return found, {name}, {name} if view.pod else set()
     if not isinstance(view, ServiceView):
-        return {}, set()
+        return {}, set(), set()
     found = _endpoints(view)
     stated: set[str | Address] = {endpoint.address for endpoint in view.endpoints}
     service = frozenset((f"{view.namespace}/{view.name}",))
@@ -136,7 +139,7 @@ def _identities(key: str, view: Content | None, before: Known) -> tuple[Known, s
                 found[address] = Former(identity, service)
             elif not served and address in before:
                 found[address] = before[address]
-    return found, stated
+    return found, stated, {endpoint.address for endpoint in view.endpoints if endpoint.pod}
 
 
 def _endpoints(view: ServiceView) -> Known:

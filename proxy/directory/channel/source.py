@@ -132,12 +132,14 @@ class ControlSource:
 
     async def learn(self, original: Address) -> None:
         """See Source."""
-        host = original.host
-        if host in self._assembly.requested.hosts:
+        host, requested = original.host, self._assembly.requested
+        if host in requested.hosts:
             inside = self.inside(host)
             await self._answer(address_key(host), inside=inside)
             if not inside:
-                self._assembly.requested.hosts.discard(host)
+                requested.hosts.discard(host)
+        if host in requested.unidentified:
+            await self._identified(host)
 
     async def learn_name(self, authority: bytes, namespace: str) -> None:
         """See Source."""
@@ -165,6 +167,15 @@ class ControlSource:
             while entry.state == "waiting" and (inside or self.subscriptions.connected):
                 await self._answers.setdefault(key, trio.Event()).wait()
         if entry.state != "known":
+            self.unanswered += 1
+
+    async def _identified(self, host: str) -> None:
+        """Wait until the identity at an address is known, if the control plane expects it soon."""
+        pending, key = self._assembly.pending, address_key(host)
+        with trio.move_on_after(self.settings.first_use_timeout):
+            while host in pending:
+                await self._answers.setdefault(key, trio.Event()).wait()
+        if host in self._assembly.requested.unidentified:
             self.unanswered += 1
 
     def use(self, key: str) -> Entry:

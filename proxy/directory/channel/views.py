@@ -37,7 +37,8 @@ class PortView(View, frozen=True):
 
 class EndpointView(View, frozen=True):
     """An endpoint. `ports`: pairs of a service port and its own one, where that is not the usual
-    one; 0: it does not serve that port. `ready`: whether this proxy may use it.
+    one; 0: it does not serve that port. `ready`: whether this proxy may use it. `pod`: the control
+    plane knows a pod with this address.
     """
 
     address: str
@@ -46,6 +47,7 @@ class EndpointView(View, frozen=True):
     ports: tuple[tuple[PortNumber, Annotated[int, msgspec.Meta(ge=0, le=65535)]], ...]
     ready: bool
     zone: str
+    pod: bool = False
 
 
 class ServiceView(View, frozen=True, tag="service"):
@@ -69,16 +71,24 @@ class PodPort(View, frozen=True):
 
 
 class PodView(View, frozen=True, tag="pod"):
-    """An endpoint, found by its own address. `identity` "": clear text."""
+    """An endpoint, found by its own address. `identity` "": clear text. `pod`: see EndpointView."""
 
     address: str
     identity: str
     skip_ports: tuple[PortNumber, ...]
     zone: str
     ports: tuple[PodPort, ...]
+    pod: bool = False
 
 
-Content = ServiceView | PodView
+class UnknownView(View, frozen=True, tag="unknown"):
+    """An address at which an identity may be expected, but the control plane does not know which
+    one. `pending`: it may know it soon, because a pod is new."""
+
+    pending: bool
+
+
+Content = ServiceView | PodView | UnknownView
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Content] = msgspec.msgpack.Decoder(Content)
@@ -98,7 +108,7 @@ def decode(content: bytes) -> Content | None:
         view = _decoder.decode(content)
         if isinstance(view, ServiceView):
             _check(view)
-        elif view.identity:
+        elif isinstance(view, PodView) and view.identity:
             _identity(view.identity)
     except (msgspec.MsgspecError, UnicodeDecodeError, SpiffeIdError, RecursionError) as error:
         raise ChannelError(f"an entry cannot be decoded: {error}") from None

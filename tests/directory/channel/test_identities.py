@@ -15,11 +15,11 @@ from control.channel.views import service_view
 from control.discovery.entries import ServiceEntry
 from control.discovery.views import Place
 from proxy.config.schema_files import ControlPlaneConfig
-from proxy.directory import Former
+from proxy.directory import UNIDENTIFIED, Former
 from proxy.directory.channel.connector import Connector
-from proxy.directory.channel.messages import Hello
+from proxy.directory.channel.messages import Hello, Update, version_of
 from proxy.directory.channel.source import ControlSource
-from proxy.directory.channel.views import Content, PodView
+from proxy.directory.channel.views import Content, PodView, UnknownView, encode
 from proxy.directory.former_identities import FormerIdentities
 from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
@@ -30,7 +30,8 @@ A_VIP, S_WEB, A_ONE = f"a/{VIP}", "s/shop/web", f"a/{ONE}"
 KEEP = 600.0
 SERVICE = frozenset({"shop/web"})
 MESHED = PodView(ONE, str(WEB), (4191,), "", ())
-CLEAR = PodView(ONE, "", (), "", ())
+CLEAR = PodView(ONE, "", (), "", (), pod=True)
+OUTSIDE = PodView(ONE, "", (), "", ())
 
 
 async def never(address: Address) -> SocketStream:
@@ -53,6 +54,13 @@ class Scene:
             if key not in self.source.subscriptions.entries:
                 self.source.release(self.source.use(key))
         self.source._use(dict(contents))
+
+    def receive(self, key: str, content: Content) -> None:
+        """The control plane sends this entry."""
+        self.source.subscriptions.take()
+        data, contents = encode(content), dict[str, Content | None]()
+        self.source._apply(Update(key, version_of(data), data), contents)
+        self.source._use(contents)
 
     def forget(self) -> None:
         """All entries have been unused for too long."""
@@ -85,14 +93,21 @@ async def scene(workshop: Workshop) -> Scene:
     return Scene(workshop)
 
 
-def view(*pods: str, clear: tuple[str, ...] = (), skip: frozenset[int] | None = None) -> Content:
-    """The service, whose pods have identities, except those in `clear`."""
+def view(
+    *pods: str,
+    clear: tuple[str, ...] = (),
+    outside: tuple[str, ...] = (),
+    skip: frozenset[int] | None = None,
+) -> Content:
+    """The service, whose pods have identities, except those in `clear`. Those in `outside` are no
+    pods."""
     entry: ServiceEntry = service("web", VIP, pods)
     endpoints = tuple(
         replace(
             end,
             identity=None if end.address in clear else end.identity,
             skip_ports=skip if skip is not None else end.skip_ports,
+            outside=end.address in outside,
         )
         for end in entry.endpoints
     )
@@ -128,6 +143,62 @@ async def test_an_entry_that_is_followed_again_is_released(scene: Scene) -> None
     scene.forget()
     scene.use({A_ONE: CLEAR})
     assert scene.clear(ONE), "another pod has the address now"
+
+
+async def test_only_a_pod_releases_an_address_without_a_sidecar(scene: Scene) -> None:
+    """An endpoint without a pod at the address of a deleted pod is what any slice may list."""
+    scene.use({A_VIP: view(ONE, TWO)})
+    scene.use({A_VIP: view(TWO)})
+    scene.use({"a/10.96.0.2": view(ONE, clear=(ONE,), outside=(ONE,))})
+    assert not scene.clear(VIP, 80)
+    assert not scene.clear(ONE)
+    scene.use({A_ONE: OUTSIDE})
+    assert not scene.clear(ONE)
+    scene.use({"a/10.96.0.2": view(ONE, clear=(ONE,))})
+    assert scene.clear(ONE), "another pod has the address now"
+
+
+async def test_an_address_whose_identity_is_unknown_leads_nowhere(scene: Scene) -> None:
+    """Not even where the control plane has no networks: it is an answer, and no silence."""
+    unknown = UnknownView(pending=False)
+    strange = "203.0.113.7"
+    scene.use({A_ONE: unknown, f"a/{strange}": unknown})
+    for host in (ONE, strange):
+        assert scene.source.current.known(Address(host, 443)) is UNIDENTIFIED
+        assert not scene.clear(host, 443)
+        with trio.fail_after(1):
+            await scene.source.learn(Address(host, 443))
+    scene.use({A_ONE: MESHED, f"a/{strange}": None})
+    assert scene.source.current.resolve(Address(ONE, 443)).endpoints[0].identity == WEB
+    assert scene.clear(strange, 443)
+    scene.use({A_ONE: unknown})
+    assert not scene.clear(ONE, 443)
+    scene.forget()
+    assert not scene.source.current.requested.unidentified  # type: ignore[union-attr]
+
+
+async def test_a_connection_to_a_new_pod_waits_until_its_identity_is_known(
+    scene: Scene, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    scene.source.subscriptions.connected = True
+    with scene.source.holding(Address(ONE, 80)):
+        scene.receive(A_ONE, UnknownView(pending=True))
+        began = trio.current_time()
+
+        async def appear() -> None:
+            await trio.sleep(1)
+            scene.receive(A_ONE, MESHED)
+
+        nursery.start_soon(appear)
+        await scene.source.learn(Address(ONE, 80))
+        assert trio.current_time() == began + 1
+        assert scene.source.current.resolve(Address(ONE, 80)).endpoints[0].identity == WEB
+        assert scene.source.unanswered == 0
+        scene.receive(A_ONE, UnknownView(pending=True))
+        await scene.source.learn(Address(ONE, 80))
+        assert trio.current_time() == began + 4, "first_use_timeout"
+        assert scene.source.current.known(Address(ONE, 80)) is UNIDENTIFIED
+        assert scene.source.unanswered == 1
 
 
 async def test_an_endpoint_that_loses_its_identity_gets_no_clear_text(
