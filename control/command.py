@@ -184,10 +184,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _main(config: ControlConfig, access: Access) -> None:
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one. It is often 1024, and each proxy needs
+    one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # the soft limit is often 1024; each proxy needs one
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _main(config: ControlConfig, access: Access) -> None:
+    raise_descriptor_limit()
     control = Control(config, Client(access, config.settings.api))
     proxies = _bind(config.channel.listen) if config.channel is not None else []
     listeners = []

@@ -34,7 +34,7 @@ from typing import Generic, TypeVar
 
 from control.contract import SpiffeId, SpiffeIdError, check_trust_domain
 from control.discovery.entries import PodEntry, ServiceEntry, UnknownEntry
-from control.discovery.facts import PodFact, ServiceFact, SliceFact
+from control.discovery.facts import PodFact, ServiceFact, SliceFact, Target
 from control.discovery.resolve import resolve
 from control.kube.resources import Key
 
@@ -124,6 +124,8 @@ class Catalog:
         self._touched: dict[str, None] = {}
         # `external`, during a flush
         self._externals: dict[tuple[str, str], SpiffeId | None] = {}
+        # `_targets`, during a flush
+        self._targets_of: dict[Key, dict[str, list[Target | None]]] = {}
         self._networks = [ipaddress.ip_network(network) for network in networks]
         self._subnets: Counter[str] = Counter()  # of the addresses of pods
 
@@ -261,6 +263,7 @@ class Catalog:
                 changes.unknown[address] = unknown
                 _swap(self.unknown, address, unknown)
         self._externals.clear()
+        self._targets_of.clear()
         return changes
 
     def _entry(self, key: Key) -> ServiceEntry | None:
@@ -321,20 +324,27 @@ class Catalog:
                 continue
             service = self._services.get(fact.service)
             wants = service is not None and (service.careful or service.identity is not None)
-            for endpoint in fact.endpoints:
-                if endpoint.address != address:
-                    continue
-                if endpoint.target is None:
+            for target in self._targets(part)[address]:
+                if target is None:
                     if service is None:
                         pending.add(namespace)
                     elif wants and namespace not in serving:
                         refused.add(namespace)
-                elif endpoint.target[0] == namespace and not self.is_host(address):
+                elif target[0] == namespace and not self.is_host(address):
                     pending.add(namespace)
         if not pending and not refused:
             return None
         named = bool(pending) and self._is_of_pods(address)
         return UnknownEntry(frozenset(pending), frozenset(refused), everywhere=named)
+
+    def _targets(self, part: Key) -> dict[str, list[Target | None]]:
+        """The pods that a slice names at each of its addresses."""
+        found = self._targets_of.get(part)
+        if found is None:
+            found = self._targets_of[part] = {}
+            for endpoint in self._slices[part].endpoints:
+                found.setdefault(endpoint.address, []).append(endpoint.target)
+        return found
 
     def _is_of_pods(self, address: str) -> bool:
         """Whether nothing but pods has addresses like this one."""

@@ -215,7 +215,7 @@ class Runtime:
         offer = TLSOffer(expected.sni, offers)
         if identity.resumes:
             offer = TLSOffer(expected.sni, offers, sessions.get(expected, host, time.time()), kept)
-        followed = self.loops.follow(stream, endpoint.address)
+        followed, trust = self.loops.follow(stream, endpoint.address), self.expiries.trust
         try:
             tls = await tls_client(
                 stream,
@@ -240,7 +240,7 @@ class Runtime:
         followed.end()
         # When our own certificate has expired, the server refuses the session without an alert.
         kept.end = min(tls.info.peer_not_after, own_end)
-        self.expiries.watch(tls, own_end)
+        self.expiries.watch(tls, own_end, trust=trust)
         self.recorder.tls_established("outbound", tls.info)
         if self.router.remote_gateways is not None:
             self.router.remote_gateways.connected(endpoint, tls)

@@ -37,6 +37,7 @@ async def terminate(
         return stream
     if about.slot is not None:
         about.slot.speaks()
+    trust = rt.expiries.trust
     try:
         tls = await tls_server(
             stream,
@@ -54,7 +55,7 @@ async def terminate(
             about.direction, error.kind if isinstance(error, TLSFailed) else "lost"
         )
         raise
-    rt.expiries.watch(tls)
+    rt.expiries.watch(tls, trust=trust)
     rt.recorder.tls_established(about.direction, tls.info)
     about.tls, about.identity = tls.info, tls.info.peer_identity
     about.share.admit()

@@ -80,3 +80,10 @@ async def test_without_a_certificate_it_is_not_tried(tmp_path: Path) -> None:
 async def test_a_directory_from_a_file_is_not_its_business(tmp_path: Path) -> None:
     config = configuration(tmp_path, directory={"file": str(tmp_path / "directory.yaml")})
     assert await check_control(config, None, 3.0) == []
+
+
+async def test_a_name_that_no_resolver_takes_is_a_failure_and_no_crash(workshop: Workshop) -> None:
+    """Its encoding for DNS raises UnicodeError, which is no OSError."""
+    config = settings(workshop.folder, 1, address=f"{'a' * 64}.example:4190")
+    result = await checked(workshop, config)
+    assert result.status == "failed"

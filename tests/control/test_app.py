@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from trio.abc import Clock
 
 from control.admin import Admin, AdminLimits
 from control.app import Control, ControlConfig
+from control.command import raise_descriptor_limit
 from control.kube.client import Client
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS
@@ -197,3 +199,13 @@ def test_settings_that_cannot_be_used_are_reported_in_one_line(
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert main(["control", *words]) == 64
     assert message in capsys.readouterr().err
+
+
+def test_the_limit_of_descriptors_is_raised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, soft), hard))
+    try:
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

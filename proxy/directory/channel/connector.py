@@ -60,7 +60,7 @@ class Connector:
 
     async def _secure(self, stream: SocketStream, settings: ControlPlaneConfig) -> TLSStream:
         identity, expected = self.identity, SpiffeId.parse(settings.identity)
-        own_end = identity.chain_end
+        own_end, trust = identity.chain_end, self.expiries.trust
         tls = await tls_client(
             stream,
             identity.client_context,
@@ -71,7 +71,7 @@ class Connector:
         if tls.info.alpn != ALPN:
             tls.close()
             raise ChannelError("the peer does not speak the protocol of the directory channel")
-        self.expiries.watch(tls, own_end)
+        self.expiries.watch(tls, own_end, trust=trust)
         if tls.expiry is not None:
             tls.expiry.retire = partial(_expire, tls)
         return tls

@@ -291,7 +291,7 @@ class ControlSource:
                 await self._greet(stream)
         except trio.TooSlowError:
             raise ChannelError(f"no answer within {timeout:g} s") from None
-        except (TLSFailed, PeerRefused, NetError, ChannelEnded, OSError) as error:
+        except (TLSFailed, PeerRefused, NetError, ChannelEnded, OSError, UnicodeError) as error:
             raise ChannelError(str(error) or type(error).__name__) from error
         finally:
             self._lost()

@@ -9,6 +9,9 @@ the trust root of this chain. When that happens:
   code that can do this sets `Expiry.retire`.
 - `grace` seconds later it is cut, even if it is busy. A relay has no requests, so it is only cut.
 
+A root may be removed while a handshake is in progress, after its chain was checked. So the caller
+reads `trust` before the handshake, and `watch` compares.
+
 Times are of the wall clock, like those in certificates. It is checked about once a second, so a
 change of the clock takes effect at once. Nothing is done for each byte. A connection that ends
 earlier is dropped together with its stream.
@@ -63,12 +66,15 @@ class Expiries:
         self._on_end = on_end
         self._clock = clock
         self._minutes: dict[float, WeakSet[TLSStream]] = {}
+        self.trust = 0  # changes with the trust roots
+        self._roots: Collection[Certificate] = ()
 
-    def watch(self, stream: TLSStream, own_end: float = math.inf) -> None:
+    def watch(self, stream: TLSStream, own_end: float = math.inf, *, trust: int) -> None:
         """Watch a connection from now on.
 
-        `own_end`: for a connection that we have opened, the end of our own certificate in seconds
-        since the epoch. Such a connection is retired `EARLY` seconds before.
+        `trust`: the value of the attribute before the handshake. `own_end`: for a connection that
+        we have opened, the end of our own certificate in seconds since the epoch. Such a connection
+        is retired `EARLY` seconds before.
         """
         if not self._enabled:
             return
@@ -76,6 +82,8 @@ class Expiries:
         end = min(theirs, own_end)
         stream.expiry = Expiry(end, end - early, _EXPIRED if theirs <= own_end else _OWN_EXPIRED)
         self._file(stream, stream.expiry.retires)
+        if trust != self.trust and stream.info.peer_root not in self._roots:
+            self._distrust(stream, stream.expiry)
 
     def _file(self, stream: TLSStream, due: float) -> None:
         minute = due // _MINUTE
@@ -89,13 +97,18 @@ class Expiries:
 
         It is unknown if a session was resumed whose chain is not cached any more.
         """
-        now = self._clock()
+        self.trust += 1
+        self._roots = roots
         for stream in [stream for known in self._minutes.values() for stream in known]:
-            expiry = stream.expiry
-            if expiry is not None and expiry.ends > now and stream.info.peer_root not in roots:
-                expiry.ends = expiry.retires = now
-                expiry.words = _UNTRUSTED
-                self._file(stream, now)
+            if stream.expiry is not None and stream.info.peer_root not in roots:
+                self._distrust(stream, stream.expiry)
+
+    def _distrust(self, stream: TLSStream, expiry: Expiry) -> None:
+        now = self._clock()
+        if expiry.ends > now:
+            expiry.ends = expiry.retires = now
+            expiry.words = _UNTRUSTED
+            self._file(stream, now)
 
     def look(self) -> None:
         """Retire and cut what is due. Call it about once a second."""

@@ -45,7 +45,7 @@ async def test_a_connection_is_retired_once_at_the_expiry_and_ended_after_the_gr
     client, server = await mesh.connect()
     end, retired = end_of(server), []
     watched = Watched(end - 1000)
-    watched.all.watch(server)
+    watched.all.watch(server, trust=0)
     assert server.expiry is not None
     server.expiry.retire = lambda: retired.append(True)
     assert watched.at(end - 1) == []
@@ -70,7 +70,7 @@ async def test_a_connection_is_retired_once_at_the_expiry_and_ended_after_the_gr
 async def test_one_that_waits_to_read_is_woken(mesh: Mesh) -> None:
     client, server = await mesh.connect()
     watched = Watched(end_of(server))
-    watched.all.watch(server)
+    watched.all.watch(server, trust=0)
 
     async def read() -> None:
         with pytest.raises(ConnectionLost, match="has expired"):
@@ -96,7 +96,7 @@ async def test_one_that_we_have_opened_is_retired_a_little_early_and_ends_with_o
     for own_end, words in cases:
         end = min(own_end, end_of(client))
         watched = Watched(end - 1000)
-        watched.all.watch(client, own_end)
+        watched.all.watch(client, own_end, trust=0)
         assert client.expiry is not None
         client.expiry.retire = lambda: None
         assert watched.at(end - EARLY - 0.1) == []
@@ -112,7 +112,7 @@ async def test_one_that_has_ended_by_itself_is_forgotten(mesh: Mesh) -> None:
     watched = Watched(0)
     for _ in range(5):
         client, server = await mesh.connect()
-        watched.all.watch(server)
+        watched.all.watch(server, trust=0)
         client.close()
         server.close()
     assert watched.at(end_of(server) + GRACE) == [], "a closed one is not ended again"
@@ -127,7 +127,7 @@ async def test_a_removed_root_ends_the_connections_that_depend_on_it(mesh: Mesh)
     client, server = await mesh.connect()
     root, other = mesh.authority.root.certificate, Authority("another").root.certificate
     watched = Watched(end_of(server) - 1000)
-    watched.all.watch(server)
+    watched.all.watch(server, trust=0)
     watched.all.untrust((root, other))
     assert watched.at(watched.now + GRACE + 1) == [], "it is still trusted"
     watched.all.untrust((other,))
@@ -139,6 +139,21 @@ async def test_a_removed_root_ends_the_connections_that_depend_on_it(mesh: Mesh)
         await server.receive_some()
     client.close()
     server.close()
+
+
+async def test_a_root_that_is_removed_during_the_handshake_ends_the_connection(mesh: Mesh) -> None:
+    root, other = mesh.authority.root.certificate, Authority("another").root.certificate
+    for roots, ends in (((other,), ["cut"]), ((root, other), [])):
+        watched = Watched(0)
+        before = watched.all.trust
+        client, server = await mesh.connect()
+        watched.now = end_of(server) - 1000
+        watched.all.untrust(roots)
+        watched.all.watch(server, trust=before)
+        watched.all.look()
+        assert watched.at(watched.now + GRACE) == ends
+        client.close()
+        server.close()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["chain remembered", "chain forgotten"])
@@ -159,7 +174,7 @@ async def test_a_resumed_session_ends_no_later_than_the_certificate_that_it_was_
     assert end_of(server) == first
     assert (server.info.peer_root == mesh.authority.root.certificate) is known
     watched = Watched(first - 1000)
-    watched.all.watch(server)
+    watched.all.watch(server, trust=0)
     watched.all.untrust((mesh.authority.root.certificate,))
     assert watched.at(watched.now + GRACE) == ([] if known else ["cut"]), (
         "an unknown one is not trusted"
