@@ -22,6 +22,7 @@ from control.config import Settings
 from perf import pair
 from proxy import directory, errors
 from proxy.config import load as config
+from proxy.config.schema import Config
 from proxy.directory.clusters import GATEWAY_PORT
 from proxy.errors import Answer
 from proxy.intercept.nftables import InterceptSettings
@@ -80,17 +81,17 @@ def fenced(path: Path, language: str) -> Iterator[str]:
     return (text for kind, text in _FENCE.findall(path.read_text("utf-8")) if kind == language)
 
 
-def documents_of(path: Path) -> list[dict[str, object]]:
+def documents_of(path: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text("utf-8")))
 
 
-def manifests(kind: str) -> Iterator[dict[str, dict[str, object]]]:
+def manifests(kind: str) -> Iterator[dict[str, Any]]:
     return (
         document
         for path in MANIFESTS
         for document in documents_of(path)
         if document["kind"] == kind
-    )  # type: ignore[misc]
+    )
 
 
 def test_there_are_documents_to_check() -> None:
@@ -222,7 +223,7 @@ def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
     (service,) = (
         one for one in manifests("Service") if one["metadata"]["name"] == "isthmus-control"
     )
-    ports: list[dict[str, Any]] = service["spec"]["ports"]  # type: ignore[assignment]
+    ports: list[dict[str, Any]] = service["spec"]["ports"]
     (port,) = (one["port"] for one in ports if one["name"] == "directory")
     assert loaded.directory.control.address == f"isthmus-control.isthmus.svc:{port}"
     account = deployment("isthmus-control")["serviceAccountName"]
@@ -231,17 +232,16 @@ def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
 
 def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
     (found,) = manifests("Pod")
-    spec: dict[str, list[dict[str, dict[str, object]]]] = found["spec"]  # type: ignore[assignment]
-    intercept, sidecar = spec["initContainers"]
+    intercept, sidecar = found["spec"]["initContainers"]
     settings = InterceptSettings()
     assert sidecar["securityContext"]["runAsUser"] == settings.uid
-    assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}  # type: ignore[index]
+    assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}
     assert intercept["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
     assert {variable["name"] for variable in sidecar["env"]} == {
         *config.DOWNWARD.values(),
         "POD_IPS",
         "CONTAINER_NAME",
-    }  # type: ignore[index]
+    }
 
 
 def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
@@ -257,7 +257,7 @@ def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
         "POD_IPS",
         "CONTAINER_NAME",
     }
-    assert pod["terminationGracePeriodSeconds"] > config.Config().shutdown.grace
+    assert pod["terminationGracePeriodSeconds"] > Config().shutdown.grace
     assert {mount["name"] for mount in gateway["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
@@ -273,7 +273,7 @@ def test_the_control_plane_of_the_manifests_fits_its_settings() -> None:
     (role,) = (
         found for found in manifests("Role") if found["metadata"]["name"] == "isthmus-control"
     )
-    rules: list[dict[str, Any]] = role["rules"]  # type: ignore[assignment]
+    rules: list[dict[str, Any]] = role["rules"]
     assert [rule["resourceNames"] for rule in rules if "resourceNames" in rule] == [
         [settings.lease.name]
     ]
@@ -282,7 +282,7 @@ def test_the_control_plane_of_the_manifests_fits_its_settings() -> None:
 def deployment(called: str) -> dict[str, Any]:
     """The pod of a Deployment."""
     (found,) = (one for one in manifests("Deployment") if one["metadata"]["name"] == called)
-    pod: dict[str, Any] = found["spec"]["template"]["spec"]  # type: ignore[index]
+    pod: dict[str, Any] = found["spec"]["template"]["spec"]
     return pod
 
 

@@ -38,7 +38,9 @@ def test_trio_stays_below_its_next_minor_version() -> None:
     """The event loop relies on the order of trio's calls, which trio does not document."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     (trio,) = [line for line in project["dependencies"] if line.startswith("trio")]
-    lower, upper = re.fullmatch(r"trio>=0\.(\d+),<0\.(\d+)", trio).groups()
+    found = re.fullmatch(r"trio>=0\.(\d+),<0\.(\d+)", trio)
+    assert found is not None
+    lower, upper = found.groups()
     assert int(upper) == int(lower) + 1
     for lock in sorted((ROOT / "requirements").glob("*.txt")):
         assert re.findall(r"^trio==0\.(\d+)\.", lock.read_text("utf-8"), re.MULTILINE) == [lower]

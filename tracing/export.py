@@ -195,7 +195,7 @@ def jaeger(spans: SpanFactory, host: str, port: int) -> Exporter:
     """
     try:
         # of an extra
-        from opentelemetry.exporter.jaeger.thrift import (  # type: ignore[import-not-found]  # noqa: PLC0415
+        from opentelemetry.exporter.jaeger.thrift import (  # noqa: PLC0415
             JaegerExporter,
         )
     except ImportError as error:

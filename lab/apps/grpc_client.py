@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]  # grpcio has no type hints
+import grpc
 
 from lab.apps.grpc_service import SERVICE
 

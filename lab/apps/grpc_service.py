@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]  # grpcio has no type hints
+import grpc
 
 SERVICE = "isthmus.lab.Shop"
 _SIZE = [

@@ -18,9 +18,9 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
     world.fail(where, one)
-    assert world.changes == [
-        Change("default/web", one.address, State.OPEN, pytest.approx(1.25, abs=0.26), "test")
-    ]
+    (change,) = world.changes
+    assert change == Change("default/web", one.address, State.OPEN, change.penalty, "test")
+    assert change.penalty == pytest.approx(1.25, abs=0.26)
     assert set(world.picks(where)) == {two}
     assert world.balancer.usable(where) == 1
     world.now += 1.6

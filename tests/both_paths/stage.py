@@ -489,11 +489,12 @@ def _shown(record: HttpRecord) -> str:
         ended=0,
         head_at=0,
         span_id=b"",
-        follows=bool(record.follows),
-        tls=record.tls is not None,
+        follows=b"*" if record.follows else b"",
+        tls=None,
     )
     kept = record.parent if record.parent == SPAN else b""
-    return _PORT.sub("", repr(replace(same, peer=peer, destination=destination, parent=kept)))
+    same = replace(same, peer=peer, destination=destination, parent=kept)
+    return _PORT.sub("", f"{same!r} tls={record.tls is not None}")
 
 
 def same(ordinary: Left, other: Left, names: tuple[str, ...] = ALL) -> None:

@@ -14,7 +14,7 @@ from tests.both_paths.h2_acts import good, many_at_once, stop
 from tests.both_paths.h2_ends import Client2, Server2
 from tests.both_paths.h2_faults import drawn, fail_in_a_row, plain_call, unanswered
 from tests.both_paths.h2_server import serve
-from tests.both_paths.stage import PATHS, Cast, Left, Shape, Theatre
+from tests.both_paths.stage import PATHS, Act, Cast, Left, Shape, Theatre
 from tests.both_paths.stage import same as all_same
 
 CAST = Cast(serve, Client2, Server2, "http2")
@@ -89,7 +89,7 @@ async def test_timeouts_end_the_same_on_both_paths(
 async def test_failures_in_a_row_open_the_circuit_on_both_paths(
     kind: str, theatre: Callable[..., Theatre]
 ) -> None:
-    acts = [good, partial(fail_in_a_row, kind=kind)]
+    acts: list[Act] = [good, partial(fail_in_a_row, kind=kind)]
     ordinary, *others = [await theatre().play(acts, "outbound", path, 1) for path in PATHS]
     assert any(
         "isthmus_breaker_changes_total" in name and count

@@ -2,24 +2,29 @@
 
 import json
 import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from proxy import directory
-from proxy.commands.checks import check_configuration
+from proxy.commands.checks import Result, check_configuration
+from proxy.config.schema import Config
+from proxy.identity.spiffe import SpiffeId
 from proxy.net.accept import bind
 from proxy.net.address import Address
 from proxy.net.exceptions import NetError
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import tls_server
-from tests.kit.workloads import DOMAIN
+from tests.kit.workloads import DOMAIN, Workload
 
 LOOPBACK = Address("127.0.0.1", 0)
+Handler = Callable[[SocketStream], Awaitable[None]]
 
 
-def mapped(uid):
+def mapped(uid: int) -> bool:
     """Whether this user namespace has the user: a namespace of an ordinary user has only root."""
     ranges = [
         tuple(map(int, line.split()))
@@ -28,7 +33,7 @@ def mapped(uid):
     return any(first <= uid < first + count for first, _, count in ranges)
 
 
-def configuration(tmp_path, **sections):
+def configuration(tmp_path: Path, **sections: Any) -> Config:
     """A configuration as the proxy reads it: JSON is YAML too."""
     path = tmp_path / "config.yaml"
     # Without the proxy's user, packets are marked, as in the pods of such a sandbox.
@@ -48,7 +53,7 @@ def configuration(tmp_path, **sections):
     return config
 
 
-def identity_section(workload):
+def identity_section(workload: Workload) -> dict[str, Any]:
     names = workload.files
     return {
         "certificate": str(names.certificate),
@@ -57,12 +62,12 @@ def identity_section(workload):
     }
 
 
-def statuses(results):
+def statuses(results: Iterable[Result]) -> list[str]:
     return [result.status for result in results]
 
 
 @contextmanager
-def ordinary_user():
+def ordinary_user() -> Iterator[None]:
     """Root becomes user 1 while the block runs. An ordinary user stays as it is."""
     before = os.geteuid()
     if mapped(1):
@@ -74,18 +79,18 @@ def ordinary_user():
 
 
 @asynccontextmanager
-async def serving(handler):
+async def serving(handler: Handler) -> AsyncIterator[Address]:
     """A listener on loopback. The handler gets each connection as a stream of proxy.net. Yields its
     address."""
     with bind(LOOPBACK) as listener:
         async with trio.open_nursery() as nursery:
 
-            async def accept():
+            async def accept() -> None:
                 while True:
                     await trio.lowlevel.wait_readable(listener)
                     nursery.start_soon(answer, SocketStream(listener.accept()[0]))
 
-            async def answer(stream):
+            async def answer(stream: SocketStream) -> None:
                 async with stream:
                     await handler(stream)
 
@@ -94,13 +99,13 @@ async def serving(handler):
             nursery.cancel_scope.cancel()
 
 
-def meshed(workload, seen):
+def meshed(workload: Workload, seen: list[Any]) -> Handler:
     """What the inbound side of a peer's proxy does with a connection that ends before its first
     request."""
 
     identity = workload.identity()
 
-    async def handler(stream):
+    async def handler(stream: SocketStream) -> None:
         try:
             tls = await tls_server(
                 stream, identity.server_context, verify=identity.verify_chain, timeout=30
@@ -113,27 +118,29 @@ def meshed(workload, seen):
     return handler
 
 
-def admin(answers, *, date=None):
+def admin(
+    answers: Mapping[str, tuple[int, str | Callable[[], str]]], *, date: str | None = None
+) -> Handler:
     """An admin port. `answers` maps a path to (status, body). The body may be a function that is
     called for each request."""
 
-    async def handler(stream):
+    async def handler(stream: SocketStream) -> None:
         head = await stream.receive_some(4096)
         status, body = answers.get(head.split()[1].decode(), (404, ""))
-        body = (body() if callable(body) else body).encode()
+        content = (body() if callable(body) else body).encode()
         fields = [
-            f"Content-Length: {len(body)}",
+            f"Content-Length: {len(content)}",
             "Connection: close",
             *([f"Date: {date}"] if date else []),
         ]
         await stream.send_all(
-            "\r\n".join([f"HTTP/1.1 {status} Whatever", *fields, "", ""]).encode() + body
+            "\r\n".join([f"HTTP/1.1 {status} Whatever", *fields, "", ""]).encode() + content
         )
 
     return handler
 
 
-def snapshot(*endpoints):
+def snapshot(*endpoints: tuple[Address, SpiffeId | None]) -> directory.Directory:
     """A directory of one service for each (address, identity)."""
     services = [
         {

@@ -8,7 +8,7 @@ one.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import trio
@@ -196,7 +196,7 @@ async def test_apply_takes_fields_of_other_managers_only_by_force(
     await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1"), "another")
     with pytest.raises(Refused) as refused:
         await stage.client.apply(CONFIG_MAPS, wanted(stage, a="2"), "isthmus", force=False)
-    assert (refused.value.code, refused.value.causes) == (409, {"FieldManagerConflict"})
+    assert (refused.value.code, refused.value.causes) == (409, frozenset({"FieldManagerConflict"}))
     assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, a="2"), "isthmus")).data == {
         "a": "2"
     }
@@ -325,7 +325,8 @@ async def test_a_stream_of_metadata(clock: object, stage: Stage) -> None:
         "allowWatchBookmarks": "true",
         "timeoutSeconds": "60",
     }
-    lines, events = Lines(2**20), []
+    lines = Lines(2**20)
+    events: list[Change[Any] | Bookmark] = []
     async with await stage.client.watch(
         METADATA, Selection(stage.namespace, "of=ours"), query
     ) as answer:

@@ -243,7 +243,9 @@ async def served(
         0, context, host="127.0.0.1", https_compatible=True
     )
     nursery.start_soon(trio.serve_listeners, server.serve, listeners)
-    port: int = listeners[0].transport_listener.socket.getsockname()[1]
+    inner = listeners[0].transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    port: int = inner.socket.getsockname()[1]
     return port
 
 

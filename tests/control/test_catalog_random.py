@@ -7,6 +7,7 @@ every state as a directory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import given, settings
@@ -32,16 +33,17 @@ class Listener:
         self.unknown: dict[str, Any] = {}
 
     def apply(self, changes: Changes) -> None:
-        for known, changed in (
+        both: list[tuple[dict[Any, Any], Mapping[Any, Any]]] = [
             (self.services, changes.services),
             (self.pods, changes.pods),
             (self.unknown, changes.unknown),
-        ):
+        ]
+        for known, changed in both:
             for key, entry in changed.items():
                 assert known.get(key) != entry, "a change that changes nothing"
-                known[key] = entry  # type: ignore[index]
+                known[key] = entry
                 if entry is None:
-                    del known[key]  # type: ignore[arg-type]
+                    del known[key]
 
 
 @settings(max_examples=400)

@@ -160,12 +160,13 @@ async def test_metadata_alone_makes_no_change(
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
     await stage.discovery.ready.wait()
+
+    def annotated(item: Json) -> Json:
+        return {**item, "metadata": {**item["metadata"], "annotations": {"some": "thing"}}}
+
     for of in KIND_OF.values():
         for key in list(server.store.objects[of]):
-            note = {"annotations": {"some": "thing"}}
-            server.store.update(
-                of, key, lambda item, note=note: {**item, "metadata": {**item["metadata"], **note}}
-            )
+            server.store.update(of, key, annotated)
     await trio.sleep(10)
     assert sum(reflector.counts.events for reflector in stage.discovery.reflectors) == 4
     assert len(stage.reports) == 1

@@ -142,13 +142,13 @@ def test_an_address_that_becomes_a_pods_is_the_pods() -> None:
 def test_services_of_other_namespaces_do_not_matter_for_an_address_outside() -> None:
     """In both directions: no clear text where a service has an identity, and no identity where it
     has none. Each service is as its own namespace says."""
-    gateway = {
+    gateway: Json = {
         "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
     }
     early = {"creationTimestamp": "2020-01-01T00:00:00Z"}
-    for first, second in (({"metadata": gateway}, {}), ({}, gateway)):
+    for first, second in ((gateway, {}), ({}, gateway)):
         cluster = Cluster().put(
-            service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7"))
+            service("ours", "10.96.0.7", metadata=first), slice_of("ours", endpoint("203.0.113.7"))
         )
         before = cluster.entry("ours")
         trap = service("trap", TRAP.host, namespace="evil", metadata={**early, **second})
@@ -162,13 +162,13 @@ def test_services_of_other_namespaces_do_not_matter_for_an_address_outside() -> 
 
 
 def test_in_one_namespace_the_oldest_service_decides_about_an_address_outside() -> None:
-    gateway = {
+    gateway: Json = {
         "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
     }
     late = {"creationTimestamp": "2026-06-06T00:00:00Z"}
-    for first, second in (({"metadata": gateway}, {}), ({}, gateway)):
+    for first, second in ((gateway, {}), ({}, gateway)):
         cluster = Cluster().put(
-            service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7"))
+            service("ours", "10.96.0.7", metadata=first), slice_of("ours", endpoint("203.0.113.7"))
         )
         before = cluster.directory()
         cluster.put(

@@ -5,6 +5,7 @@ final state is correct.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from tests.control.conftest import AT
 from tests.control.stage import CONFIG_MAPS, ConfigMap, FakeStage, Reports, data, follow
 
 KIND = KINDS["v1", "configmaps"]
-TEXTS = {"one": {"a": "1"}, "two": {"a": "2"}}
+TEXTS: dict[str, dict[str, Any]] = {"one": {"a": "1"}, "two": {"a": "2"}}
 
 
 class Scene:

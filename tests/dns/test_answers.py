@@ -144,7 +144,11 @@ def other_people_s() -> list[dns.message.Message]:
     ]
     signed = query("example.com")
     signed.use_tsig(dns.tsigkeyring.from_text({"key.": "c2VjcmV0"}))
-    optioned = query("example.com", use_edns=0, options=[dns.edns.GenericOption(65001, b"x" * 100)])
+    optioned = query(
+        "example.com",
+        use_edns=0,
+        options=[dns.edns.GenericOption(dns.edns.OptionType.make(65001), b"x" * 100)],
+    )
     update = dns.message.from_text("id 1\nopcode UPDATE\n;ZONE\neast. IN SOA\n")
     empty = dns.message.Message()
     return [*plain, signed, optioned, update, empty]

@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import dns.flags
 import dns.message
@@ -129,7 +130,7 @@ async def upstream(
             found.asked.append(wire)
             found.ports.append(client[1])
 
-            async def say(data: bytes, client: object = client) -> None:
+            async def say(data: bytes, client: Any = client) -> None:
                 await udp.sendto(data, client)
 
             nursery.start_soon(answer, wire, say)

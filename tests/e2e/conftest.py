@@ -94,4 +94,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _run_in_laboratory(
     item: pytest.Function, test: Callable[..., Awaitable[None]], **fixtures: Any
 ) -> None:
-    item.funcargs["laboratory"].run(test, **fixtures)
+    laboratory: Any = item.funcargs["laboratory"]
+    laboratory.run(test, **fixtures)

@@ -50,6 +50,11 @@ def requests(pod: Pod, port: int) -> int:
     return (pod.directory / "nginx" / "access").read_text().split().count(str(port))
 
 
+def has_answered(pod: Pod, port: int, count: int) -> bool:
+    """Whether the pod's nginx has answered so many requests on `port`."""
+    return requests(pod, port) >= count
+
+
 async def haproxy(pod: Pod, targets: Mapping[int, str]) -> Process:
     """An HAProxy whose ports forward HTTP to `host:port`. With the suffix ` proto h2`, both sides
     use HTTP/2."""

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -179,15 +180,16 @@ async def on_fast_path(sidecar: Sidecar) -> float:
 async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:
     """Wait for a log line that contains `text` and has these facts. Returns the line."""
 
-    def find() -> dict[str, Any] | None:
+    def find() -> Any:
         for line in reversed(sidecar.logged()):
             if text in json.dumps(line, ensure_ascii=False) and facts.items() <= line.items():
                 return line
         return None
 
-    return await eventually(
+    found: dict[str, Any] = await eventually(
         find, f"a line with {text!r} and {facts} in the log of {sidecar.pod.name}"
     )
+    return found
 
 
 async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0) -> Any:
@@ -294,7 +296,7 @@ class Health:
             new = sidecar.logged()[self.lines[sidecar.pod.name] :]
             assert [line for line in new if line["level"] in levels or "exception" in line] == []
             await eventually(
-                lambda sidecar=sidecar: _nothing_active(sidecar),
+                partial(_nothing_active, sidecar),
                 f"no connection of a pool is in use in {sidecar.pod.name}",
             )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import (
     ECHO,
@@ -162,11 +165,11 @@ async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: 
         assert len(await stream.receive_some()) <= 1000
         for sidecar, direction in places:
             await eventually(
-                lambda s=sidecar, d=direction: _open(s, d), "the connection is counted as open"
+                partial(_open, sidecar, direction), "the connection is counted as open"
             )
     for (sidecar, direction), old in zip(places, before, strict=True):
         await eventually(
-            lambda s=sidecar, d=direction: _all_closed(s, d),
+            partial(_all_closed, sidecar, direction),
             "all connections are counted as closed",
         )
         new = await _numbers(sidecar, direction)
@@ -177,8 +180,8 @@ async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: 
         assert new["opened"] == new["closed"]
 
 
-async def _numbers(sidecar: object, direction: str) -> dict[str, float]:
-    samples = {
+async def _numbers(sidecar: Sidecar, direction: str) -> dict[str, float]:
+    samples: dict[str, tuple[str, dict[str, str]]] = {
         "requests": ("isthmus_requests_total", {"method": "GET"}),
         "responses": (
             "isthmus_responses_total",
@@ -192,7 +195,7 @@ async def _numbers(sidecar: object, direction: str) -> dict[str, float]:
     return {
         key: await counted(sidecar, name, direction=direction, **labels)
         for key, (name, labels) in samples.items()
-    }  # type: ignore[arg-type]
+    }
 
 
 async def _open(sidecar: object, direction: str) -> bool:

@@ -24,7 +24,7 @@ from tests.e2e.stage import Pair, counted, curl, eventually, logged, prepare, py
 pytestmark = [pytest.mark.lab]
 
 WEB, CALLS, NOBODY, LATE, RAW = 8080, 50051, 8081, 8082, 9000
-PATIENT = {"tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
+PATIENT: dict[str, Any] = {"tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
 FORGETFUL = {"balancing": {"decay": "1s"}}
 
 SERVER = """

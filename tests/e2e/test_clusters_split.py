@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -211,9 +212,8 @@ async def test_a_service_that_dies_again_and_again_does_not_take_its_clients_alo
         for _ in range(3):
             await kill(made)
             goal = load.answered[THERE] + 50
-            await eventually(
-                lambda goal=goal: load.answered[THERE] >= goal, "east answers", timeout=30
-            )
+            answered = partial(lambda least: load.answered[THERE] >= least, goal)
+            await eventually(answered, "east answers", timeout=30)
             await revive(made)
         goal = load.answered[HERE] + 300
         await eventually(lambda: load.answered[HERE] >= goal, "west answers again")

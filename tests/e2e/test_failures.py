@@ -8,6 +8,7 @@ No proxy is restarted, except where that is the fault."""
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import pytest
@@ -285,7 +286,7 @@ async def clean(pair: Pair) -> None:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
         assert [line for line in sidecar.logged() if "exception" in line] == []
         await eventually(
-            lambda sidecar=sidecar: _nothing_active(sidecar),
+            partial(_nothing_active, sidecar),
             f"nothing is active in {sidecar.pod.name}",
         )
 

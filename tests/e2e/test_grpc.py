@@ -77,7 +77,7 @@ async def test_two_thousand_calls_of_one_channel_are_spread_over_two_endpoints(p
         )
         assert await opened("src") - before[2] == 1
         # One half each, within nine standard deviations of a fair coin.
-        return 800 <= shares["shop"] <= 1200
+        return bool(800 <= shares["shop"] <= 1200)
 
     await eventually(
         evenly, "both pods get their half, unless one was slow just before", timeout=120

@@ -11,6 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ except grpc.RpcError as error:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
         assert [line for line in sidecar.logged() if "exception" in line] == []
         await eventually(
-            lambda sidecar=sidecar: _nothing_active(sidecar),
+            partial(_nothing_active, sidecar),
             f"nothing is active in {sidecar.pod.name}",
         )
 
@@ -200,9 +201,7 @@ async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_sta
     # The proxy that detected it sends the status, as trailers. Without them grpcio would make one
     # up.
     assert end["details"].startswith(("connection_terminated", "http_response_incomplete"))
-    assert (
-        await (grpc_server(pair.shop) if who == "the server" else pair.far.start(intercept=False))
-    ) is not False
+    await (grpc_server(pair.shop) if who == "the server" else pair.far.start(intercept=False))
     # The first call after it may still meet the fault; the channel is the same.
     await reader.wait_until(lambda: reader.output.ended, "end", timeout=90)
     assert reader.output.tail().count("after") == 1 or "UNAVAILABLE" in reader.output.tail()

@@ -6,6 +6,7 @@ shows in the proxy's CPU time and in its open connections. Other traffic must co
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -179,7 +180,5 @@ async def test_a_pod_may_call_its_own_service_and_its_own_address(pair: Pair, ve
 
 async def test_nothing_stays_open_after_all_of_it(pair: Pair) -> None:
     for sidecar in pair.both:
-        await eventually(
-            lambda sidecar=sidecar: settled(sidecar), f"no connection is open in {sidecar.pod.name}"
-        )
+        await eventually(partial(settled, sidecar), f"no connection is open in {sidecar.pod.name}")
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

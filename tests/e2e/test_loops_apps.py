@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from lab.pod import exemption_flags
 from lab.sidecar import Sidecar
 from tests.e2e.calls import calling
 from tests.e2e.conftest import Laboratory
-from tests.e2e.ingress import haproxy, nginx, relay, requests
+from tests.e2e.ingress import haproxy, has_answered, nginx, relay, requests
 from tests.e2e.stage import (
     ECHO,
     LAST_GET,
@@ -180,7 +181,7 @@ async def test_applications_see_each_request_as_often_as_configured_and_no_more(
     each = 1 + 1 + RETURNS if len(pods) == 1 else 1 + RETURNS
     for pod, old in zip(pods, before, strict=True):
         await eventually(
-            lambda pod=pod, old=old: requests(pair.cluster.pods[pod], port) >= old + 10 * each,
+            partial(has_answered, pair.cluster.pods[pod], port, old + 10 * each),
             f"{pod} has logged them",
         )
         assert requests(pair.cluster.pods[pod], port) == old + 10 * each

@@ -10,6 +10,7 @@ for `chain`."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import trio
@@ -22,7 +23,7 @@ from lab.sidecar import Sidecar
 from lab.traces import TraceCollector
 from tests.e2e.calls import calling
 from tests.e2e.conftest import Laboratory
-from tests.e2e.ingress import nginx, relay, requests
+from tests.e2e.ingress import has_answered, nginx, relay, requests
 from tests.e2e.stage import counted, curl, eventually, logged
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
@@ -97,7 +98,7 @@ async def relays(mesh: Mesh) -> Process:
     """A socat in its own pod that sends what it gets to the one of the other cluster. West's has a
     small connection limit."""
     here, pod = mesh.cluster.name, mesh.cluster.pod("relay")
-    mesh.join(pod, **({"outbound": {"max_connections": MOST}} if here == "west" else {}))
+    mesh.join(pod, outbound={"max_connections": MOST} if here == "west" else {})
     mesh.service("relay", [pod], {RELAY: "opaque"}, export=True)
     mesh.service("past", [pod], {RELAY: "opaque"}, split=to("relay", WAYS[here][1]))
     return await relay(pod, RELAY, "past", RELAY)
@@ -190,12 +191,12 @@ async def test_a_request_that_loops_through_clusters_is_ended_with_its_cycle(
     # gateways refuse the first return.
     for pod, old, each in zip(ends, before, (2, 1), strict=True):
         await eventually(
-            lambda pod=pod, old=old, each=each: requests(pod, port) >= old + 10 * each,
+            partial(has_answered, pod, port, old + 10 * each),
             f"{pod.name} has logged them",
         )
         assert requests(pod, port) == old + 10 * each
-    for sidecar, old in zip(scene.sidecars, cpu, strict=True):
-        assert sidecar.running().cpu_seconds() - old < BUSY
+    for sidecar, seconds in zip(scene.sidecars, cpu, strict=True):
+        assert sidecar.running().cpu_seconds() - seconds < BUSY
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
 
 
@@ -234,7 +235,7 @@ async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forward
     assert now == loops + 1
     for pod, old, most in zip(ends, before, (RETURNS + 2, RETURNS + 1), strict=True):
         await eventually(
-            lambda pod=pod, old=old, most=most: requests(pod, LOST) >= old + most,
+            partial(has_answered, pod, LOST, old + most),
             f"{pod.name} has logged them",
         )
         assert requests(pod, LOST) == old + most

@@ -5,7 +5,8 @@ every request is recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import pytest
 import trio
@@ -88,7 +89,12 @@ def leaf(sidecar: Sidecar, authority: Authority) -> Callable[[], None]:
     return lambda: sidecar.write_certificate(issued)
 
 
-async def under_load(pair: Pair, steps: list[Callable[[], Awaitable[None]]]) -> Load:
+async def renew(sidecar: Sidecar, authority: Authority) -> None:
+    """Give it a new leaf."""
+    await change(sidecar, leaf(sidecar, authority))
+
+
+async def under_load(pair: Pair, steps: Sequence[Callable[[], Awaitable[None]]]) -> Load:
     """Do `steps` during requests, with some hundred requests after each. Returns the finished
     load."""
     old = await LongLived.open(pair)
@@ -110,10 +116,7 @@ async def test_new_leaves_without_a_failed_request(pair: Pair) -> None:
     expiry = await counted(pair.far, "isthmus_certificate_expiry_timestamp_seconds")
     await trio.sleep(1.1)  # the expiry is counted in whole seconds
     ours = pair.mesh.authority
-    steps = [
-        lambda sidecar=sidecar: change(sidecar, leaf(sidecar, ours))
-        for sidecar in (*pair.both, *pair.both)
-    ]
+    steps = [partial(renew, sidecar, ours) for sidecar in (*pair.both, *pair.both)]
     load = await under_load(pair, steps)
     print(f"{load.succeeded} requests, {load.connections} connections, {load.bad}")
     assert load.bad == {}
@@ -132,11 +135,11 @@ async def test_a_new_trust_root_without_a_failed_request(pair: Pair) -> None:
 
     def roots(*authorities: Authority) -> list[Callable[[], Awaitable[None]]]:
         return [
-            lambda sidecar=sidecar: change(sidecar, lambda: sidecar.write_roots(*authorities))
+            partial(change, sidecar, partial(sidecar.write_roots, *authorities))
             for sidecar in pair.both
         ]
 
-    leaves = [lambda sidecar=sidecar: change(sidecar, leaf(sidecar, new)) for sidecar in pair.both]
+    leaves = [partial(renew, sidecar, new) for sidecar in pair.both]
     load = await under_load(pair, [*roots(old, new), *leaves, *roots(new)])
     print(f"{load.succeeded} requests, {load.connections} connections, {load.bad}")
     assert load.bad == {}

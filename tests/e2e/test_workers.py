@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,6 +68,10 @@ def workers_seen(sidecar: Sidecar) -> set[int]:
     return {line["worker"] for line in sidecar.logged() if line.get("message") == "connection"}
 
 
+def _both_seen(sidecar: Sidecar) -> bool:
+    return workers_seen(sidecar) == {1, 2}
+
+
 @pytest.mark.parametrize("version", [4, 6])
 async def test_both_workers_of_both_sidecars_carry_redirected_connections(
     pair: Pair, version: int
@@ -76,7 +81,7 @@ async def test_both_workers_of_both_sidecars_carry_redirected_connections(
         assert (await exchange_raw(pair.web, host, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
         assert await exchange_raw(pair.web, host, ECHO, b"hello", end=True) == b"hello"
     for sidecar in (pair.near, pair.far):
-        await eventually(lambda sidecar=sidecar: workers_seen(sidecar) == {1, 2}, "both workers")
+        await eventually(partial(_both_seen, sidecar), "both workers")
 
 
 async def test_both_sidecars_count_the_same_and_all_requests(pair: Pair) -> None:

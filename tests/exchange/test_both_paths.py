@@ -13,11 +13,13 @@ import os
 import random
 import socket
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import trio
 
 from proxy.fastpath import eligibility
+from proxy.fastpath.h1_connection import FastConnection
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import GET, OK, POST, Message, Peer, chunked, connect, origin, until
 
@@ -222,15 +224,15 @@ async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_o
             fast_path = proxy.fast_path
             assert fast_path is not None
             await until(lambda: bool(fast_path._connections))
-            for connection in fast_path._connections:  # so that the result of one read does not fit
+            lent = [cast("FastConnection", one) for one in fast_path._connections]
+            for connection in lent:  # so that the result of one read does not fit
                 connection._client.stream.socket.setsockopt(
                     socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
                 )
             await client.send(GET)
             await until(
                 lambda: any(
-                    connection._client.unsent and not connection._remaining
-                    for connection in fast_path._connections
+                    connection._client.unsent and not connection._remaining for connection in lent
                 )
             )
             fast_path.give_up(math.inf)

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -77,7 +78,7 @@ async def test_a_connection_without_a_request_is_closed_although_others_are_busy
     async with through(answering(), settings) as (client, proxy):
         await client.ask()
         if proxy.fast_path is not None:
-            proxy.fast_path.begins(cast("Any", Moving()))
+            proxy.fast_path.exchange_began(cast("Any", Moving()))
         started = trio.current_time()
         with trio.fail_after(60):
             assert await client.rest() == b""
@@ -158,7 +159,7 @@ async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_
         for number in range(20):
             client = await proxy.connect()
             await client.send(UPLOAD % 100 + b"hello")
-            await until(lambda number=number: len(servers) > number)
+            await until(partial(lambda least: len(servers) > least, number))
             await wait_all_tasks_blocked()
             os.write(servers[-1].stream.socket.fileno(), OK)
             clock.jump(61)

@@ -18,6 +18,8 @@ import websockets.sync.client
 import websockets.sync.server
 import wsproto
 import wsproto.events
+from wsproto.connection import Connection as WebSocket
+from wsproto.connection import ConnectionType
 
 from proxy.net.address import Address
 from proxy.wire.websocket import accept
@@ -96,7 +98,7 @@ async def test_a_client_of_http2(server: tuple[bytes, Address]) -> None:
         answer = client.messages[number]
         assert answer.status == 200
         assert answer.get(b"x-version") == (None if server[0] == b"1.1" else b"2")
-        frames, received = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
+        frames, received = WebSocket(ConnectionType.CLIENT), ""
         for text in TEXTS:
             await _say(client, number, frames.send(wsproto.events.TextMessage(text)))
             received = ""

@@ -205,6 +205,7 @@ async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_logged(
 
     async with running_loop() as event_loop:
         (fast_path,) = event_loop.fast_paths
+        assert isinstance(fast_path, FastPath)
         monkeypatch.setattr(EventLoop, "_wait", broken)
         with trio.fail_after(20):
             await trio.sleep(0.05)

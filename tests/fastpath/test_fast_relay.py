@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from functools import partial
+from typing import cast
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.fastpath.fast_path import FastPath
+from proxy.fastpath.fast_relay import FastRelay
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
 from tests.fastpath.conversations import (
@@ -30,7 +32,7 @@ from tests.net.conftest import both, pair, read_all
 
 def waits(fast_path: FastPath) -> bool:
     """Whether a relay on `fast_path` has bytes that the other side does not read."""
-    return any(fast_relay._state.held[0] for fast_relay in fast_path._relays)
+    return any(cast("FastRelay", relay)._state.held[0] for relay in fast_path._relays)
 
 
 ENDS = st.tuples(st.sampled_from(["eof", "eof", "reset"]), st.sampled_from(["eof", "reset"]))

@@ -166,7 +166,9 @@ async def test_a_refused_peer_over_http_1_is_disconnected(
     make = gateway if side.startswith("gateway") else sidecar
     async with make(tmp_path, fast=fast, **rules) as stage:
         if side.startswith("sidecar, not"):
-            stage.app.config.inbound.allow[stage.app.config.inbound.fixed_destination.port] = ()
+            inbound = stage.app.config.inbound
+            assert inbound.fixed_destination is not None
+            inbound.allow[inbound.fixed_destination.port] = ()
         peer = await (stage.member() if "not" in side else stage.plain())
         await peer.send(REQUEST)
         answer = await end_of(peer)

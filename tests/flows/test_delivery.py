@@ -130,7 +130,7 @@ async def shop(
             }
             for number, port in enumerate(ports)
         ]
-        service = {
+        service: dict[str, Any] = {
             "name": "shop",
             "addresses": [SERVICE],
             "ports": [{"port": 80, "protocol": protocol}],

@@ -101,7 +101,7 @@ async def member_is_served(fleet: Fleet, proxy: App, kind: str) -> bool:
 
 
 def open_connections(proxy: App, kind: str) -> int:
-    return cast("int", (proxy.outbound if kind == "outbound" else proxy.inbound).open)
+    return (proxy.outbound if kind == "outbound" else proxy.inbound).open
 
 
 KINDS = pytest.mark.parametrize("kind", ["inbound", "gateway", "outbound"])

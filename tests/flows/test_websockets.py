@@ -18,6 +18,8 @@ import websockets.sync.client
 import websockets.sync.server
 import wsproto
 import wsproto.events
+from wsproto.connection import Connection as WebSocket
+from wsproto.connection import ConnectionType
 
 from proxy.app import App
 from proxy.net.address import Address
@@ -121,7 +123,7 @@ async def _talk2(address: Address) -> str | None:
         await client.read()
     answer = client.messages[number]
     assert answer.status == 200, answer
-    frames, received = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
+    frames, received = WebSocket(ConnectionType.CLIENT), ""
     await client.send(number, frames.send(wsproto.events.TextMessage("hello")))
     while received != "hello":
         frames.receive_data(answer.body)

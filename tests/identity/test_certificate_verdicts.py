@@ -297,7 +297,7 @@ def limited_names() -> Iterator[Case]:
             (good, False, strange if unknown else No(OUTSIDE, "certificate unknown")),
             (evil, False, strange if unknown else OK),
         ):
-            change = {"permitted" if permit else "excluded": (limit,)}
+            change: dict[str, Any] = {"permitted" if permit else "excluded": (limit,)}
             word = "permitted" if permit else "excluded"
             yield (
                 f"root: {what} with {limit.value} {word}",

@@ -8,6 +8,8 @@ import argparse
 import os
 import stat
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -26,12 +28,12 @@ from tests.kit.workloads import DOMAIN, spiffe
 NOW = datetime(2030, 5, 1, 12, tzinfo=UTC)
 
 
-def extension(certificate, kind):
+def extension(certificate: x509.Certificate, kind: Any) -> tuple[Any, bool]:
     found = certificate.extensions.get_extension_for_class(kind)
     return found.value, found.critical
 
 
-def test_a_root_has_the_profile_of_an_authority():
+def test_a_root_has_the_profile_of_an_authority() -> None:
     root = issue.make_root(DOMAIN, now=NOW).certificate
     constraints, critical = extension(root, x509.BasicConstraints)
     assert critical
@@ -48,7 +50,7 @@ def test_a_root_has_the_profile_of_an_authority():
     assert root.not_valid_after_utc == NOW + issue.ROOT_LIFETIME
 
 
-def test_a_workload_has_the_profile_of_an_x509_svid():
+def test_a_workload_has_the_profile_of_an_x509_svid() -> None:
     root = issue.make_root(DOMAIN, now=NOW)
     leaf = issue.issue(root, spiffe("cart"), now=NOW).certificate
     constraints, critical = extension(leaf, x509.BasicConstraints)
@@ -68,7 +70,9 @@ def test_a_workload_has_the_profile_of_an_x509_svid():
         (x509.UniformResourceIdentifier, str(spiffe("cart")))
     ]
     assert not list(leaf.subject)
-    assert isinstance(leaf.public_key().curve, ec.SECP256R1)
+    key = leaf.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert isinstance(key.curve, ec.SECP256R1)
     assert isinstance(leaf.signature_hash_algorithm, hashes.SHA256)
     subject_key = extension(root.certificate, x509.SubjectKeyIdentifier)[0].digest
     assert extension(leaf, x509.AuthorityKeyIdentifier)[0].key_identifier == subject_key
@@ -76,14 +80,14 @@ def test_a_workload_has_the_profile_of_an_x509_svid():
     assert leaf.not_valid_after_utc == NOW + timedelta(hours=24)
 
 
-def test_serial_numbers_and_root_names_differ():
+def test_serial_numbers_and_root_names_differ() -> None:
     root = issue.make_root(DOMAIN)
     serials = {issue.issue(root, spiffe("cart")).certificate.serial_number for _ in range(20)}
     assert len(serials) == 20
     assert issue.make_root(DOMAIN).certificate.subject != root.certificate.subject
 
 
-def test_a_certificate_never_outlives_its_root_and_says_so():
+def test_a_certificate_never_outlives_its_root_and_says_so() -> None:
     root = issue.make_root(DOMAIN, timedelta(hours=1), now=NOW)
     issued = issue.issue(root, spiffe("cart"), timedelta(hours=5), now=NOW)
     assert issued.certificate.not_valid_after_utc == root.certificate.not_valid_after_utc
@@ -91,7 +95,7 @@ def test_a_certificate_never_outlives_its_root_and_says_so():
     assert issue.issue(root, spiffe("cart"), timedelta(minutes=5), now=NOW).note == ""
 
 
-def test_a_certificate_never_begins_before_its_root():
+def test_a_certificate_never_begins_before_its_root() -> None:
     root = issue.make_root(DOMAIN, now=NOW)
     early = issue.issue(root, spiffe("cart"), now=NOW - timedelta(seconds=10)).certificate
     assert early.not_valid_before_utc == root.certificate.not_valid_before_utc
@@ -108,18 +112,20 @@ def test_a_certificate_never_begins_before_its_root():
         (spiffe("cart"), timedelta(hours=1), timedelta(days=-1), "not yet valid"),
     ],
 )
-def test_senseless_certificates_are_not_issued(identity, lifetime, later, complaint):
+def test_senseless_certificates_are_not_issued(
+    identity: SpiffeId, lifetime: timedelta, later: timedelta, complaint: str
+) -> None:
     root = issue.make_root(DOMAIN, now=NOW)
     with pytest.raises(IssueError, match=complaint):
         issue.issue(root, identity, lifetime, now=NOW + later)
 
 
-def test_a_root_of_a_bad_trust_domain_is_not_made():
+def test_a_root_of_a_bad_trust_domain_is_not_made() -> None:
     with pytest.raises(SpiffeIdError, match="trust domain"):
         issue.make_root("Mesh.Test")
 
 
-def test_openssl_holds_a_root_to_its_trust_domain():
+def test_openssl_holds_a_root_to_its_trust_domain() -> None:
     root = issue.make_root(DOMAIN)
     lying = issue.Issued(issue.make_root("other.test").certificate, root.key)
     forged = issue.issue(lying, spiffe("cart", "other.test")).certificate
@@ -144,7 +150,9 @@ def test_openssl_holds_a_root_to_its_trust_domain():
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
-def test_a_secret_is_written_for_its_owner_only_whatever_the_umask(tmp_path, umask):
+def test_a_secret_is_written_for_its_owner_only_whatever_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
     path = tmp_path / "key.pem"
     before = os.umask(umask)
     try:
@@ -161,7 +169,7 @@ def test_a_secret_is_written_for_its_owner_only_whatever_the_umask(tmp_path, uma
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "certificate.pem", "key.pem"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "key.pem"
     path.mkdir()
     with pytest.raises(OSError, match="directory"):
@@ -169,7 +177,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["key.pem"]
 
 
-def test_a_description_is_plain_text():
+def test_a_description_is_plain_text() -> None:
     root = issue.make_root(DOMAIN, now=NOW)
     leaf = issue.issue(root, spiffe("cart"), now=NOW).certificate
     words = dict(describe(leaf, NOW + timedelta(hours=12)))
@@ -197,18 +205,21 @@ def test_a_description_is_plain_text():
         (timedelta(seconds=-5), "0 seconds"),
     ],
 )
-def test_a_span_of_time_is_said_in_its_two_largest_units(span, words):
+def test_a_span_of_time_is_said_in_its_two_largest_units(span: timedelta, words: str) -> None:
     assert in_words(span) == words
 
 
-def run(*arguments):
+def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser(prog="isthmus")
     command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["identity", *map(str, arguments)])
-    return args.run(args)
+    status: int = args.run(args)
+    return status
 
 
-def test_the_commands_make_an_identity_that_a_proxy_loads(tmp_path, capsys):
+def test_the_commands_make_an_identity_that_a_proxy_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trust, out = tmp_path / "trust", tmp_path / "cart"
     assert run("root", "--trust-domain", DOMAIN, "--out", trust) == 0
     assert (
@@ -239,7 +250,9 @@ def test_the_commands_make_an_identity_that_a_proxy_loads(tmp_path, capsys):
     assert "PRIVATE" not in shown
 
 
-def test_issuing_again_renews_and_an_id_may_be_given_in_full(tmp_path, capsys):
+def test_issuing_again_renews_and_an_id_may_be_given_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trust, out = tmp_path / "trust", tmp_path / "cart"
     run("root", "--trust-domain", DOMAIN, "--out", trust, "--lifetime", "2h")
     assert (
@@ -251,7 +264,9 @@ def test_issuing_again_renews_and_an_id_may_be_given_in_full(tmp_path, capsys):
     assert (out / command.CERTIFICATE).read_bytes() != first
 
 
-def test_a_root_is_not_overwritten_by_accident(tmp_path, capsys):
+def test_a_root_is_not_overwritten_by_accident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("root", "--trust-domain", DOMAIN, "--out", tmp_path)
     before = (tmp_path / command.ROOT_CERTIFICATE).read_bytes()
     assert run("root", "--trust-domain", DOMAIN, "--out", tmp_path) == 64
@@ -261,7 +276,9 @@ def test_a_root_is_not_overwritten_by_accident(tmp_path, capsys):
     assert (tmp_path / command.ROOT_CERTIFICATE).read_bytes() != before
 
 
-def test_show_fails_for_an_expired_certificate_and_for_a_stranger(tmp_path, capsys):
+def test_show_fails_for_an_expired_certificate_and_for_a_stranger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, other = issue.make_root(DOMAIN), issue.make_root(DOMAIN)
     past = credentials.utc_now() - timedelta(days=30)
     old_root = issue.make_root(DOMAIN, now=past)
@@ -276,7 +293,7 @@ def test_show_fails_for_an_expired_certificate_and_for_a_stranger(tmp_path, caps
     assert "not signed by" in capsys.readouterr().out
 
 
-def test_show_warns_before_the_end(tmp_path, capsys):
+def test_show_warns_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = issue.make_root(DOMAIN, now=credentials.utc_now() - timedelta(hours=20))
     aging = issue.issue(root, spiffe("cart"), now=credentials.utc_now() - timedelta(hours=18))
     files.write_public(tmp_path / "aging.pem", aging.certificate_pem)
@@ -295,7 +312,13 @@ def test_show_warns_before_the_end(tmp_path, capsys):
         ),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, arguments, complaint):
+def test_bad_input_is_one_line_that_names_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 64
     error = capsys.readouterr().err
@@ -303,7 +326,9 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, argu
     assert error.count("\n") == 1
 
 
-def test_who_the_certificate_is_for_must_be_said_once(tmp_path, capsys):
+def test_who_the_certificate_is_for_must_be_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("root", "--trust-domain", DOMAIN, "--out", tmp_path)
     assert run("issue", "--root", tmp_path, "--namespace", "shop", "--out", tmp_path) == 64
     assert "--service-account" in capsys.readouterr().err
@@ -330,7 +355,9 @@ def test_who_the_certificate_is_for_must_be_said_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "24", "h", "1y", "-1h", "1.5h", "24 h"])
-def test_a_lifetime_needs_a_number_and_a_unit(text, capsys):
+def test_a_lifetime_needs_a_number_and_a_unit(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run("root", "--trust-domain", DOMAIN, "--out", "x", f"--lifetime={text}")
     assert "is not a duration" in capsys.readouterr().err

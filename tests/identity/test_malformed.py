@@ -10,23 +10,26 @@ import base64
 import random
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from trio.testing import MockClock
 
 from proxy import cli, files
 from proxy.identity import credentials, issue
-from proxy.identity.identity import MaterialError
+from proxy.identity.identity import Identity, MaterialError
 from proxy.identity.inspect import describe
+from proxy.identity.issue import Issued
 from proxy.identity.source import FileSource
-from tests.kit.workloads import DOMAIN, Log, spiffe
+from tests.kit.workloads import DOMAIN, Log, Workload, spiffe
 
 CERTIFICATE, KEY = "CERTIFICATE", "PRIVATE KEY"
 
 
-def armoured(der, label=CERTIFICATE):
+def armoured(der: bytes, label: str = CERTIFICATE) -> bytes:
     return (
         f"-----BEGIN {label}-----\n".encode()
         + base64.encodebytes(der)
@@ -34,7 +37,7 @@ def armoured(der, label=CERTIFICATE):
     )
 
 
-def edited(issued, old, new):
+def edited(issued: Issued, old: bytes, new: bytes) -> bytes:
     """The certificate in PEM with some of its bytes replaced. Then its signature is wrong, which is
     not checked at this point."""
     der = issued.certificate.public_bytes(Encoding.DER)
@@ -50,7 +53,7 @@ class Damage(NamedTuple):
     new: bytes
     words: str
 
-    def done_to(self, root):
+    def done_to(self, root: Issued) -> bytes:
         return edited(root, self.old, self.new)
 
 
@@ -69,11 +72,14 @@ DAMAGES = [
 
 
 @pytest.fixture(params=DAMAGES)
-def damage(request):
-    return request.param
+def damage(request: pytest.FixtureRequest) -> Damage:
+    found: Damage = request.param
+    return found
 
 
-def test_a_malformed_root_beside_good_ones_is_refused_with_a_message(cart, damage):
+def test_a_malformed_root_beside_good_ones_is_refused_with_a_message(
+    cart: Workload, damage: Damage
+) -> None:
     identity = cart.identity()
     context = identity.server_context
     with cart.files.roots[0].open("ab") as file:
@@ -91,7 +97,7 @@ def test_a_malformed_root_beside_good_ones_is_refused_with_a_message(cart, damag
         cart.identity()
 
 
-def test_the_malformed_one_of_several_is_counted_out(cart, root):
+def test_the_malformed_one_of_several_is_counted_out(cart: Workload, root: Issued) -> None:
     good = root.certificate_pem
     files.write_public(
         cart.files.roots[0], good + edited(root, b"mesh.test root", b"\xff\xfesh.test root") + good
@@ -100,7 +106,9 @@ def test_the_malformed_one_of_several_is_counted_out(cart, root):
         cart.identity()
 
 
-def test_an_unusual_root_that_is_well_formed_is_accepted_silently(cart, root):
+def test_an_unusual_root_that_is_well_formed_is_accepted_silently(
+    cart: Workload, root: Issued
+) -> None:
     """The library warns that it will refuse a negative serial number in the future. A warning would
     be lines on standard error."""
     number = root.certificate.serial_number
@@ -113,7 +121,7 @@ def test_an_unusual_root_that_is_well_formed_is_accepted_silently(cart, root):
         assert dict(describe(found, credentials.utc_now()))["serial"].startswith("-")
 
 
-def mutated(rng, data):
+def mutated(rng: random.Random, data: bytes) -> bytes:
     """Most changes are to one byte, some to two or three; some remove or insert bytes."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -127,7 +135,7 @@ def mutated(rng, data):
     return bytes(found)
 
 
-def attempt(identity):
+def attempt(identity: Identity) -> MaterialError | None:
     """Loads the files, or returns the error with the reason. Then reads what the process reads of
     the loaded identity."""
     refusal = None
@@ -145,7 +153,9 @@ def attempt(identity):
 
 @pytest.mark.parametrize("which", ["certificate", "key", "roots", "further root"])
 @pytest.mark.parametrize(("form", "rounds"), [("DER", 650), ("PEM", 250)])
-def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rounds):
+def test_any_bytes_are_material_or_a_material_error(
+    cart: Workload, root: Issued, which: str, form: str, rounds: int
+) -> None:
     """Seeded. The keys are new in each run, so a failure shows its bytes."""
     issued = cart.renew(root)
     path = {"certificate": cart.files.certificate, "key": cart.files.key}.get(
@@ -183,8 +193,8 @@ def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rou
 
 
 async def test_a_running_watch_survives_a_malformed_root(
-    cart, root, damage, autojump_clock, nursery
-):
+    cart: Workload, root: Issued, damage: Damage, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     identity, log = cart.identity(), Log()
     nursery.start_soon(FileSource(10).run, identity, log.changed, log.failed)
     await trio.sleep(15)
@@ -202,8 +212,12 @@ async def test_a_running_watch_survives_a_malformed_root(
 
 @pytest.mark.parametrize("name", ["certificate.pem", "roots.pem"])
 def test_a_proxy_does_not_start_with_a_malformed_file_and_says_so_in_one_line(
-    cart, root, name, monkeypatch, capsys
-):
+    cart: Workload,
+    root: Issued,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     broken = edited(root, b"mesh.test root", b"\xff\xfesh.test root")
     (cart.directory / name).write_bytes(broken)
     names = cart.files
@@ -217,8 +231,8 @@ def test_a_proxy_does_not_start_with_a_malformed_file_and_says_so_in_one_line(
 
 
 def test_show_reports_what_is_malformed_and_continues_with_the_next_file(
-    tmp_path, root, damage, capsys
-):
+    tmp_path: Path, root: Issued, damage: Damage, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken, good = tmp_path / "broken.pem", tmp_path / "good.pem"
     files.write_public(broken, damage.done_to(root))
     files.write_public(good, issue.issue(root, spiffe("cart")).certificate_pem)
@@ -231,14 +245,18 @@ def test_show_reports_what_is_malformed_and_continues_with_the_next_file(
     assert "broken.pem: holds a certificate that cannot be parsed" in capsys.readouterr().err
 
 
-def test_a_name_cannot_give_orders_to_a_terminal_or_begin_a_line(tmp_path, root, capsys):
+def test_a_name_cannot_give_orders_to_a_terminal_or_begin_a_line(
+    tmp_path: Path, root: Issued, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "root.pem"
     files.write_public(path, edited(root, b"mesh.test root", b"m\x1b[2J\nt\r root "))
     assert cli.main(["identity", "show", str(path)]) == 0
     assert r"CN=m\x1b[2J\nt\r root" in capsys.readouterr().out
 
 
-def test_a_root_whose_parts_are_malformed_issues_nothing(tmp_path, root, capsys):
+def test_a_root_whose_parts_are_malformed_issues_nothing(
+    tmp_path: Path, root: Issued, capsys: pytest.CaptureFixture[str]
+) -> None:
     files.write_private(tmp_path / "root.key", root.key_pem)
     (tmp_path / "root.pem").write_bytes(
         edited(root, b"\x06\x03\x55\x1d\x1e\x01\x01\xff", b"\x06\x03\x55\x1d\x11\x01\x01\xff")
@@ -261,7 +279,7 @@ def test_a_root_whose_parts_are_malformed_issues_nothing(tmp_path, root, capsys)
     assert "root.pem: holds a certificate that cannot be parsed" in capsys.readouterr().err
 
 
-def test_lifetimes_far_beyond_a_hundred_years_are_described(cart, root):
+def test_lifetimes_far_beyond_a_hundred_years_are_described(cart: Workload, root: Issued) -> None:
     """GeneralizedTime ends with the year 9999; the text about the remaining time must not
     overflow."""
     der = root.certificate.public_bytes(Encoding.DER)

@@ -22,7 +22,7 @@ identities = st.builds(
 )
 
 
-def test_an_identity_is_read_and_printed_unchanged():
+def test_an_identity_is_read_and_printed_unchanged() -> None:
     identity = SpiffeId.parse(GOOD)
     assert (identity.trust_domain, identity.namespace, identity.service_account) == (
         "mesh.test",
@@ -34,7 +34,7 @@ def test_an_identity_is_read_and_printed_unchanged():
     assert {identity: 1}[SpiffeId("mesh.test", "shop", "checkout")] == 1
 
 
-def test_a_service_account_may_have_dots_and_a_trust_domain_underscores():
+def test_a_service_account_may_have_dots_and_a_trust_domain_underscores() -> None:
     identity = SpiffeId.parse("spiffe://my_mesh/ns/shop/sa/check.out")
     assert identity.sni == "check.out.shop.sa.my_mesh"
 
@@ -78,30 +78,30 @@ def test_a_service_account_may_have_dots_and_a_trust_domain_underscores():
         ("spiffe://mesh.test/" + "a" * 2048, "longer than 2048 bytes"),
     ],
 )
-def test_every_refusal_says_which_part_is_wrong(text, complaint):
+def test_every_refusal_says_which_part_is_wrong(text: str, complaint: str) -> None:
     with pytest.raises(SpiffeIdError, match=re.escape(complaint)):
         SpiffeId.parse(text)
 
 
-def test_a_long_text_is_not_quoted_in_full():
+def test_a_long_text_is_not_quoted_in_full() -> None:
     with pytest.raises(SpiffeIdError) as caught:
         SpiffeId.parse("x" * 100_000)
     assert len(str(caught.value)) < 400
 
 
-def test_an_identity_cannot_be_built_from_bad_parts():
+def test_an_identity_cannot_be_built_from_bad_parts() -> None:
     with pytest.raises(SpiffeIdError, match="namespace"):
         SpiffeId("mesh.test", "shop/sa/admin", "a")
 
 
 @given(identities)
-def test_parsing_and_printing_are_inverse(identity):
+def test_parsing_and_printing_are_inverse(identity: SpiffeId) -> None:
     assert SpiffeId.parse(str(identity)) == identity
     assert len(identity.sni) <= 253
 
 
 @given(st.text(alphabet=string.printable + "é*%", max_size=20), st.integers(0, len(GOOD)))
-def test_whatever_is_accepted_is_canonical(noise, at):
+def test_whatever_is_accepted_is_canonical(noise: str, at: int) -> None:
     text = GOOD[:at] + noise + GOOD[at:]
     try:
         identity = SpiffeId.parse(text)
@@ -120,7 +120,9 @@ def test_whatever_is_accepted_is_canonical(noise, at):
         ("spiffe://mesh.test/*", GOOD, "spiffe://mesh.test.attacker.test/ns/shop/sa/checkout"),
     ],
 )
-def test_a_pattern_matches_exactly_what_it_describes(pattern, matching, other):
+def test_a_pattern_matches_exactly_what_it_describes(
+    pattern: str, matching: str, other: str
+) -> None:
     parsed = IdentityPattern.parse(pattern)
     assert parsed.matches(SpiffeId.parse(matching))
     assert not parsed.matches(SpiffeId.parse(other))
@@ -128,7 +130,7 @@ def test_a_pattern_matches_exactly_what_it_describes(pattern, matching, other):
 
 
 @given(identities)
-def test_a_bare_star_matches_every_identity(identity):
+def test_a_bare_star_matches_every_identity(identity: SpiffeId) -> None:
     assert IdentityPattern.parse("*").matches(identity)
 
 
@@ -149,7 +151,7 @@ def test_a_bare_star_matches_every_identity(identity):
         ("spiffe://mesh.test/ns/shop/sa/a/*", "so many"),
     ],
 )
-def test_a_pattern_that_can_never_match_is_refused(text, complaint):
+def test_a_pattern_that_can_never_match_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(SpiffeIdError, match=re.escape(complaint)):
         IdentityPattern.parse(text)
 
@@ -177,14 +179,18 @@ def test_a_pattern_that_can_never_match_is_refused(text, complaint):
         ),
     ],
 )
-def test_a_star_inside_a_name_is_refused_with_what_to_write_instead(text, instead):
+def test_a_star_inside_a_name_is_refused_with_what_to_write_instead(
+    text: str, instead: str
+) -> None:
     with pytest.raises(SpiffeIdError, match=re.escape("the '*' may only follow a '/'")) as refused:
         IdentityPattern.parse(text)
     assert instead in str(refused.value)
 
 
 @given(identities, identities, st.data())
-def test_a_prefix_matches_whole_segments_only(identity, other, data):
+def test_a_prefix_matches_whole_segments_only(
+    identity: SpiffeId, other: SpiffeId, data: st.DataObject
+) -> None:
     """Whatever prefix of an identity is a pattern: what it matches shares all of its segments."""
     text = str(identity)
     end = data.draw(st.integers(text.index("/", len("spiffe://")) + 1, len(text)))

@@ -11,6 +11,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -292,7 +293,7 @@ def _rules(text: str) -> dict[str, list[str]]:
 @settings(max_examples=200)
 @given(port_lists)
 def test_merged_ports_are_the_same_ports_without_overlap(specs: tuple[int | str, ...]) -> None:
-    def covered(items: tuple[int | str, ...]) -> set[int]:
+    def covered(items: Sequence[int | str]) -> set[int]:
         found: set[int] = set()
         for spec in items:
             low, high = nftables.parse_ports(spec)

@@ -124,7 +124,8 @@ def _shaken(connection: SSL.Connection) -> bool:
 def resumed(connection: SSL.Connection) -> bool:
     """Whether the handshake used a ticket, as the library reports it. pyOpenSSL has no name for
     that."""
-    reused = bool(SSL._lib.SSL_session_reused(connection._ssl))
+    library: Any = vars(SSL)["_lib"]
+    reused = bool(library.SSL_session_reused(connection._ssl))
     assert reused is (connection.get_app_data() is None), (
         "and then no certificate has been verified in it"
     )
@@ -164,7 +165,7 @@ def refusal(workload: Workload, **settings: Any) -> tuple[str, str]:
     with pytest.raises(MaterialError) as caught:
         workload.identity(**settings)
     assert str(caught.value).startswith(f"{caught.value.path}: ")
-    return caught.value.path.name, caught.value.reason
+    return Path(caught.value.path).name, caught.value.reason
 
 
 class Log:
@@ -176,8 +177,9 @@ class Log:
     def changed(self, identity: Identity) -> None:
         self.reports.append(("changed", identity.generation))
 
-    def failed(self, error: MaterialError) -> None:
-        self.reports.append(("failed", error.path.name))
+    def failed(self, error: Exception) -> None:
+        assert isinstance(error, MaterialError)
+        self.reports.append(("failed", Path(error.path).name))
 
     def warned(self, sentence: str) -> None:
         self.reports.append(("warned", sentence))

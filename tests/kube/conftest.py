@@ -62,7 +62,8 @@ def clusters() -> Iterator[dict[str, Cluster]]:
 def west(request: pytest.FixtureRequest) -> Cluster:
     """A cluster: the laboratory's, or that of KUBECONFIG."""
     if _OURS:
-        return request.getfixturevalue("clusters")["west"]
+        found: Cluster = request.getfixturevalue("clusters")["west"]
+        return found
     return kube.foreign(Path(os.environ["KUBECONFIG"]))
 
 

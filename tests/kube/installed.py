@@ -73,8 +73,9 @@ class Installed:
         )
 
     async def lease(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self.west.get("--namespace", NAMESPACE, "lease", CONTROL)
-        return found["spec"]
+        found = await self.west.get("--namespace", NAMESPACE, "lease", CONTROL)
+        spec: dict[str, Any] = found["spec"]
+        return spec
 
     async def leader(self, but: str = "", timeout: float = 60.0) -> str:
         """Wait until a pod that is not `but` holds the lease. Returns its name."""

@@ -41,8 +41,8 @@ async def test_two_replicas_are_ready_and_one_leads(installed: Installed) -> Non
     for pod in pods.values():
         (status,) = pod["status"]["containerStatuses"]
         assert (status["ready"], status["restartCount"]) == (True, 0)
-    for pod in pods:
-        found = await installed.metrics(pod)
+    for name in pods:
+        found = await installed.metrics(name)
         for kind in ("services", "endpointslices", "pods", "nodes"):
             assert found[f'isthmus_control_synced{{resource="{kind}"}}'] == 1
             assert found[f'isthmus_control_objects{{resource="{kind}"}}'] >= 1
@@ -50,7 +50,7 @@ async def test_two_replicas_are_ready_and_one_leads(installed: Installed) -> Non
         # kubernetes, kube-dns and isthmus-control itself
         assert found["isthmus_control_services"] >= 3
         assert found["isthmus_control_api_refusals_total"] <= 2  # the Lease, before it existed
-        assert "WARNING" not in await installed.log(pod)
+        assert "WARNING" not in await installed.log(name)
     # The Service has the replicas behind it.
     path = f"/api/v1/namespaces/{NAMESPACE}/services/{CONTROL}:admin/proxy/ready"
     assert await installed.kubectl("get", "--raw", path) == "ready\n"
@@ -277,9 +277,9 @@ async def test_a_missing_right_is_named_and_nothing_has_to_be_restarted_when_it_
             (status,) = pod["status"]["containerStatuses"]
             assert name in pods
             assert (status["ready"], status["restartCount"]) == (True, 0)
-        for pod in pods:
+        for name in pods:
             # One warning for each fault, not one for each attempt.
             warnings = [
-                line for line in (await installed.log(pod)).splitlines() if "WARNING" in line
+                line for line in (await installed.log(name)).splitlines() if "WARNING" in line
             ]
             assert len(warnings) <= 4, warnings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from typing import Any
 
 import pytest
 import trio
@@ -107,9 +108,10 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(
         async with accepted:
             # trio's type does not show that its socket wraps one of the standard library's, which a
             # proxy needs.
+            accepted_socket: Any = accepted.socket
             found = original_destination(
-                accepted.socket._sock, Address.of(accepted.socket.getsockname())
-            )  # type: ignore[attr-defined]
+                accepted_socket._sock, Address.of(accepted_socket.getsockname())
+            )
             assert found == (resolver.address(version), 53)
 
 

@@ -79,7 +79,7 @@ def test_the_same_request_may_come_back_as_often_as_configured_and_no_more(retur
 def test_the_cycle_is_once_round_in_the_order_of_the_way() -> None:
     sides = [
         hop_tokens(pod, side) for pod in ("web-1", "shop-7") for side in ("inbound", "outbound")
-    ]  # type: ignore[arg-type]
+    ]
     _, loop = round_and_round(*sides)
     assert loop.cycle == "west/web-1 -> west/shop-7 -> west/web-1"
 
@@ -333,7 +333,7 @@ def sent(
             limits = HopLimits(0 if side == "gateway" else max_returns, max_hops)
             sides[node, side] = HopTokens(
                 side, who, b"secret of node %d, or so......" % node, limits
-            )  # type: ignore[index,arg-type]
+            )
     field, path, node, passed = b"", b"/", start, 0
     while True:
         route = topology.routes[node]

@@ -105,7 +105,9 @@ async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> No
             TIMEOUT * 1000
         )
         nursery.cancel_scope.cancel()
-    for sock in (unwatched, dialled, *peers):
+    for stream in (unwatched, dialled):
+        stream.close()
+    for sock in peers:
         sock.close()
 
 

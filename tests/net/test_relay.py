@@ -59,8 +59,9 @@ async def joined(
 class Relaying(Protocol):
     async def __call__(
         self,
-        a: Stream,
-        b: Stream,
+        client: Stream,
+        server: Stream,
+        /,
         *,
         idle: float,
         on_bytes: Callable[[int, int], None] | None = None,

@@ -8,6 +8,7 @@ import gc
 import socket
 import time
 import weakref
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pytest
@@ -97,7 +98,7 @@ async def test_a_peek_for_n_bytes_sleeps_while_they_come_one_by_one() -> None:
         wakes += 1
         return recv(*arguments)
 
-    ours._recv = counting  # type: ignore[assignment]
+    ours._recv = counting
 
     async def trickle() -> None:
         for byte in b"0123456789":
@@ -284,7 +285,7 @@ async def test_closing_wakes_the_reader_and_the_writer_and_can_be_repeated() -> 
     await read_nowait(ours)
     woken = 0
 
-    async def expect(operation: partial[object]) -> None:
+    async def expect(operation: Callable[[], Awaitable[object]]) -> None:
         nonlocal woken
         with pytest.raises(trio.ClosedResourceError):
             await operation()

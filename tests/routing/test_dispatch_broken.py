@@ -7,6 +7,8 @@ like requests."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import h2.errors
 import pytest
 import trio
@@ -293,7 +295,8 @@ async def test_a_service_without_endpoints_fails_at_once() -> None:
 async def test_the_number_of_waiting_requests_is_bounded_and_they_fail_when_the_trial_fails() -> (
     None
 ):
-    release, received = trio.Event(), []
+    release = trio.Event()
+    received: list[Message] = []
 
     async def probed(peer: Peer, _: Message) -> None:
         await release.wait()
@@ -355,8 +358,10 @@ async def test_waiting_requests_are_served_in_order_when_the_endpoint_has_recove
             await client.send(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)
             if world.broken:
                 await until(
-                    lambda number=number: world.balancer.waiting() > number or not world.broken
-                )  # type: ignore[misc]
+                    partial(
+                        lambda most: world.balancer.waiting() > most or not world.broken, number
+                    )
+                )
         for client in clients:
             assert (await client.response()).status == 200
 

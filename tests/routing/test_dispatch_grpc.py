@@ -14,7 +14,7 @@ import trio
 
 from tests.kit.dispatch import mesh, policy
 from tests.kit.http import until
-from tests.kit.http2_peers import GRPC, Answer, Peer2
+from tests.kit.http2_peers import GRPC, Answer, Peer2, Respond
 from tests.routing.grpc_calls import calls
 
 
@@ -126,7 +126,8 @@ async def test_an_unfinished_call_neither_resets_the_failure_count_nor_keeps_a_c
         await release.wait()
         await peer.trailers(number, [(b"grpc-status", b"0")])
 
-    async with mesh([calls([unavailable_at_the_end] * 3 + [streaming])], rules, up=b"2") as (
+    steps: list[Respond] = [*[unavailable_at_the_end] * 3, streaming]
+    async with mesh([calls(steps)], rules, up=b"2") as (
         world,
         _,
     ):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from ipaddress import ip_network
 
 import pytest
@@ -18,6 +19,8 @@ from proxy.balancing.circuit_breaker import Failure
 from proxy.directory import Directory, Endpoint, Requested, Service, Target, parse
 from proxy.errors import DirectoryUnavailable, IdentityUnknown, NoEndpoint
 from proxy.net.address import Address
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSStream
 from proxy.routing.router import Router
 
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
@@ -155,7 +158,7 @@ class World:
     ],
 )
 def test_the_address_decides_and_the_authority_only_where_the_operator_lets_it(
-    address: str, authority: bytes | None, service: str
+    address: str, authority: bytes | None, service: str | None
 ) -> None:
     target = World(text()).to(address, authority)
     assert target.service == service
@@ -203,6 +206,8 @@ class Gates:
 
     def why(self, cluster: str) -> str:
         return f"no gateway of {cluster}"
+
+    def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,9 @@ class OneAddress:
 
     def covers(self, host: str) -> bool:
         return host.startswith("240.")
+
+    def held(self, host: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @pytest.mark.parametrize(

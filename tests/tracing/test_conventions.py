@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 import opentelemetry.semconv._incubating.attributes as incubating
 import opentelemetry.semconv.attributes as stable
@@ -19,11 +20,11 @@ from tracing.pod import FILES, VARIABLES
 from tracing.workload import owner
 
 
-def known(package: object) -> dict[str, bool]:
+def known(package: ModuleType) -> dict[str, bool]:
     """Attribute -> whether it is deprecated, as far as its module tells."""
-    found = {}
-    for info in pkgutil.iter_modules(package.__path__):  # type: ignore[attr-defined]
-        module = importlib.import_module(f"{package.__name__}.{info.name}")  # type: ignore[attr-defined]
+    found: dict[str, bool] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
         found |= {
             value: True
             for name, value in vars(module).items()

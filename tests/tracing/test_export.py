@@ -361,9 +361,9 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
             [*new, *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True
         )
         files.append((str(certificate), str(key)))
-    (right, key), (wrong, _) = files
+    (right, right_key), (wrong, _) = files
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(right, key)
+    context.load_cert_chain(right, right_key)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(right)
     with Receiver() as receiver:
@@ -371,7 +371,9 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
         endpoint = receiver.endpoint.replace("http:", "https:") + "/v1/traces"
         for trusted in (wrong, None, right):
             post = Post(
-                Collector(endpoint, certificate=trusted, client_certificate=right, client_key=key)
+                Collector(
+                    endpoint, certificate=trusted, client_certificate=right, client_key=right_key
+                )
             )
             outcome = post.send(b"", 10)
             post.close()

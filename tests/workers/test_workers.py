@@ -200,7 +200,7 @@ class Kept:
         self.worker = owner(proxy, self.connection.sock.getsockname()[1])
 
     def ask(self) -> None:
-        self.connection.auto_open = 0  # type: ignore[misc]  # a new connection would be another one
+        self.connection.auto_open = 0  # a new connection would be another one
         self.connection.request("GET", "/")
         answer = self.connection.getresponse()
         answer.read()

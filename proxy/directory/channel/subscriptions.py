@@ -21,6 +21,7 @@ from proxy.directory.channel.messages import (
     MOST_KEYS,
     ChannelError,
     Current,
+    FromProxy,
     Goodbye,
     Message,
     Ping,
@@ -204,9 +205,9 @@ class Subscriptions:
             elif entry.state == "waiting":
                 self._set(entry, "refused")
 
-    def take(self) -> list[Message]:
+    def take(self) -> list[FromProxy]:
         """The messages to send now."""
-        messages: list[Message] = [Unsubscribe(tuple(keys)) for keys in _parts(self._remove)]
+        messages: list[FromProxy] = [Unsubscribe(tuple(keys)) for keys in _parts(self._remove)]
         self._remove.clear()
         for keys in _parts(self._add):
             entries = [self.entries[key] for key in keys]

@@ -4,7 +4,6 @@ the proxy has the same entries as the control plane, as far as it uses them."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -245,8 +244,8 @@ def without_addresses(entry: ServiceEntry) -> ServiceEntry:
     return ServiceEntry(entry.key, entry.uid, (), entry.ports, entry.endpoints)
 
 
-TestMachine: Callable[[], None] = Machine.TestCase
-TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)  # type: ignore[attr-defined]
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def play(machine: Machine, chance: random.Random) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from proxy.errors import PoolExhausted
 from proxy.exchange.h1.pool import Pool, PoolSettings, Upstream
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
+from proxy.net.socket_stream import SocketStream
 from proxy.wire.messages import EndOfMessage, Headers, Limits, RequestHead
 from tests.kit.http import listen
 
@@ -25,16 +27,16 @@ class Bench:
     """A pool with connections to a silent server, and the records of the connections that it
     opened."""
 
-    def __init__(self, **settings: float) -> None:
+    def __init__(self, **settings: Any) -> None:
         self.listener = listen()
         self.address = Address.of(self.listener.getsockname())
         self.opened = self.closed = 0
         self.pool: Pool[str] = Pool(
             self.dial, lambda _: self.account(), PoolSettings(**settings), Limits()
-        )  # type: ignore[arg-type]
+        )
         self.dials: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
-    async def dial(self, _: str) -> trio.abc.Stream:
+    async def dial(self, _: str) -> SocketStream:
         await self.dials()
         return await Dialer().dial(self.address)
 

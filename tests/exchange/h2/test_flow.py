@@ -4,6 +4,7 @@ without a bound."""
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import h2.events
 import h2.settings
@@ -91,7 +92,7 @@ async def test_a_client_that_does_not_take_its_response_stops_the_server_and_no_
         # between.
         assert sent <= 65535 + WINDOW + 16384
         mux = proxy.muxes()[0]
-        assert sum(len(data) for s in mux._streams.values() for data, _ in s._chunks) <= WINDOW  # type: ignore[attr-defined]
+        assert sum(len(data) for s in mux._streams.values() for data, _ in s._chunks) <= WINDOW
         await client.reset(number)
         await proxy.idle()
         # The windows are full again: as much arrives as at the start, three times.
@@ -228,9 +229,7 @@ async def test_many_uploads_at_once_arrive_whole() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.pump)
             for number, body in bodies.items():
-                nursery.start_soon(
-                    lambda number=number, body=body: client.send(number, body, end=True)
-                )
+                nursery.start_soon(partial(client.send, number, body, end=True))
             with trio.fail_after(60):
                 while not client.ended.issuperset(bodies):
                     async with client.moved:
@@ -257,9 +256,7 @@ async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -
                 async with trio.open_nursery() as uploads:
                     for number in doomed:
                         uploads.start_soon(client.send, number, body[: 60_000 - round_ * 100])
-                    uploads.start_soon(
-                        lambda number=healthy: client.send(number, body[:100_000], end=True)
-                    )
+                    uploads.start_soon(partial(client.send, healthy, body[:100_000], end=True))
                 for number in doomed:
                     await client.reset(number)
                 with trio.fail_after(30):

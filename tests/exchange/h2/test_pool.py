@@ -3,6 +3,8 @@ waited, and a closed or trimmed pool closes connections after their last stream.
 
 from __future__ import annotations
 
+from functools import partial
+
 import h2.connection
 import h2.errors
 import pytest
@@ -55,9 +57,8 @@ async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
     async with through2(silent, settings, server={MAX_STREAMS: 1}) as (client, proxy):
         for number in range(1, 17):
             await client.request(GET)
-            await until(
-                lambda most=2 * number: proxy.exchanges == most
-            )  # each has a connection before the next one asks for one
+            # Each has a connection before the next one asks for one.
+            await until(partial(lambda most: proxy.exchanges == most, 2 * number))
         with trio.fail_after(20):
             answer = await client.ask()
         assert answer.status == 503

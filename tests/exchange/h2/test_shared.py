@@ -22,7 +22,7 @@ from tests.kit.http2 import literal
 from tests.kit.http2_hop import Hop2, Settings2, hop2, through2
 from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Peer2, Script2, answering2, speaking
 
-SMALL_HEADS = {h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 16384}
+SMALL_HEADS: dict[int, int] = {h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 16384}
 
 
 def in_pieces(number: int, pairs: list[tuple[bytes, bytes]], flags: int = 0) -> bytes:
@@ -236,7 +236,7 @@ async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_i
         resets=ResetLimits(rate=10, burst=20, hold=1.0), budget=10**6, ping_interval=10**5
     )
     settings = Settings2(upstream=pace, downstream=Http2Settings(budget=10**6, ping_interval=10**5))
-    allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 100}
+    allow: dict[int, int] = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 100}
     async with shared(script, up=allow, settings=settings) as (client, proxy):
         first = await client.request(GET)
         await until(lambda: proxy.exchanges == 2)
@@ -266,7 +266,7 @@ async def test_streams_that_wait_for_their_reset_never_take_more_than_half_of_wh
         upstream=Http2Settings(resets=ResetLimits(rate=1, burst=1, hold=1000)),
         downstream=Http2Settings(budget=10**6),
     )
-    allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 10}
+    allow: dict[int, int] = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 10}
     async with shared(answering2(never), up=allow, settings=settings) as (client, proxy):
         for _ in range(50):
             number = await client.request(GET)

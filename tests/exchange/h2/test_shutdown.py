@@ -97,9 +97,9 @@ async def test_a_silent_server_is_abandoned_and_an_idle_client_gets_goaway(
         assert answer.status == 502
         assert trio.current_time() - started == pytest.approx(30, abs=6)
         started = trio.current_time()
-        answer = await client.last_call()
+        acknowledge = await client.last_call()
         assert trio.current_time() - started == pytest.approx(90, abs=3)
-        await answer()
+        await acknowledge()
         await client.peer.rest()
 
 
@@ -197,7 +197,7 @@ async def test_requests_that_are_read_when_the_connection_has_ended_are_not_star
         client.send_headers(number, GET, end_stream=True)
     started: list[Http2Exchange] = []
 
-    def fork(_: Http2Server, exchange: Http2Exchange) -> bool:
+    def fork(server: Http2Server, exchange: Http2Exchange) -> bool:
         started.append(exchange)
         return True
 

@@ -7,6 +7,7 @@ import contextlib
 import random
 import resource
 import tracemalloc
+from functools import partial
 
 import h2.errors
 import trio
@@ -14,7 +15,7 @@ from trio.lowlevel import current_statistics
 
 from tests.kit.http import descriptors, until
 from tests.kit.http2_hop import Settings2, through2
-from tests.kit.http2_peers import GET, POST, Gone, answering2, echo2
+from tests.kit.http2_peers import GET, POST, Answer, Gone, Peer2, answering2, echo2
 
 REQUESTS = 1500
 
@@ -56,14 +57,18 @@ async def test_mixed_requests_cancelled_at_any_moment_leave_nothing_behind() -> 
                         if ends >= 4:
                             wanted.append((client, number))
                 with trio.fail_after(60):
-                    await until(lambda wanted=wanted: all(n in c.ended for c, n in wanted), 60)
+                    await until(partial(_ended, wanted), 60)
                 assert all(c.messages[n].reset is None for c, n in wanted), start
             await proxy.idle()
             nursery.cancel_scope.cancel()
         await proxy.idle()
-        assert all(mux._held == 0 and mux.reserved == 0 for mux in proxy.muxes())  # type: ignore[attr-defined]
+        assert all(mux._held == 0 and mux.reserved == 0 for mux in proxy.muxes())
         assert all(server.mux._held == 0 for server in proxy.servers)
         await until(lambda: (descriptors(), current_statistics().tasks_living) <= before)
+
+
+def _ended(streams: list[tuple[Peer2, int]]) -> bool:
+    return all(number in client.ended for client, number in streams)
 
 
 async def test_a_rapid_reset_ends_only_the_attacker_s_connection() -> None:
@@ -118,16 +123,16 @@ async def test_more_streams_than_allowed_are_refused_and_the_others_continue() -
 
 
 async def test_a_peer_that_asks_and_does_not_read_holds_no_more_than_its_streams() -> None:
-    async def respond(peer: object, number: int, _: object) -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
         peer.h2.send_headers(
             number, [(b":status", b"204"), (b"x-fill", b"y" * 900)], end_stream=True
-        )  # type: ignore[attr-defined]
-        await peer.flush()  # type: ignore[attr-defined]
+        )
+        await peer.flush()
 
     async with through2(answering2(respond), Settings2(buffers=4096), buffers=4096) as (
         client,
         proxy,
-    ):  # type: ignore[arg-type]
+    ):
         client.h2.remote_settings.max_concurrent_streams = 10_000_000
         client.h2.config.logger = client.h2.config.logger
         sent = 0

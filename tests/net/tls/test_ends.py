@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -183,9 +185,10 @@ async def test_the_socket_is_polled_before_each_record_except_the_first_if_not_n
     mesh: Mesh, size: int, sound: bool, asked: int
 ) -> None:
     client, server = await mesh.connect()
-    questions, option = [], client._option
+    questions: list[tuple[int, ...]] = []
+    option: Any = client._option
 
-    def ask(*which: int) -> int:
+    def ask(*which: int) -> Any:
         questions.append(which)
         return option(*which)
 
@@ -290,7 +293,7 @@ async def test_closing_wakes_both_halves_and_openssl_is_not_called_again(mesh: M
     client, server = await mesh.connect(pair(buffers=8192))
     woken = 0
 
-    async def expect(operation: partial[object]) -> None:
+    async def expect(operation: Callable[[], Awaitable[object]]) -> None:
         nonlocal woken
         with pytest.raises(trio.ClosedResourceError):
             await operation()

@@ -15,6 +15,7 @@ from OpenSSL import SSL
 
 from proxy.net.exceptions import TLSFailed
 from proxy.net.tls import verify
+from proxy.net.tls.binding import set_signature_algorithms
 from proxy.net.tls.certificate_rules import certificate_flaw, find_flaw, strength_flaw
 from proxy.net.tls.handshake import Chain, tls_client, tls_server
 from tests.net.conftest import OFFER, Mesh, both, pair
@@ -28,7 +29,7 @@ def certificate(folder: Path, kind: list[str], digest: str) -> x509.Certificate:
     subprocess.run(["openssl", "genpkey", *kind, "-out", key], check=True, capture_output=True)
     hashed = [f"-{digest}"] if digest else []
     words = ["req", "-x509", "-new", "-key", key, "-subj", "/CN=a", *hashed, "-out", made]
-    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
     return x509.load_pem_x509_certificate(made.read_bytes())
 
 
@@ -129,4 +130,4 @@ def test_both_libraries_offer_the_same_signatures(mesh: Mesh) -> None:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     verify.demand_certificate(context, always=False)  # raises if the library lacks one
     with pytest.raises(ValueError, match="does not know"):
-        verify.set_signature_algorithms(context, b"no_such_algorithm")
+        set_signature_algorithms(context, b"no_such_algorithm")

@@ -433,7 +433,7 @@ def test_a_field_value_is_one_in_both_versions_or_in_neither(value: bytes) -> No
         found = read(Role.SERVER if request else Role.CLIENT, [data])
         assert isinstance(found, RequestHead | ResponseHead) is takes
         assert takes or recognised is None
-        assert isinstance(found, int) or found.headers.get(b"x") == inner
+        assert not isinstance(found, RequestHead | ResponseHead) or found.headers.get(b"x") == inner
     assert _taken(lambda: ChunkedReader(4096, 24).read(b"0\r\n" + lines, 0)) is takes
     assert _taken(lambda: trailers([(b"x", inner)])) is takes
     assert _taken(lambda: request_head([*POST2, (b"x", inner)])) is takes

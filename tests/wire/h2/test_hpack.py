@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import hpack
 import pytest
+from hpack import huffman_table
 from hpack.hpack import encode_integer
 from hypothesis import given, settings
 
@@ -57,7 +58,7 @@ def huffman_once() -> Iterator[None]:
     """The Huffman code of the library takes milliseconds for a long string, and these tests use few
     long ones. So each is coded once."""
     coder = hpack.Encoder().huffman_coder
-    encode, decode = lru_cache(coder.encode), lru_cache(hpack.hpack.decode_huffman)
+    encode, decode = lru_cache(coder.encode), lru_cache(huffman_table.decode_huffman)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(coder), "encode", lambda _, text: encode(text))
         patch.setattr(hpack.hpack, "decode_huffman", decode)
