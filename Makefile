@@ -37,14 +37,11 @@ test: $(VENV)/.dev
 	$(MAKE) --jobs 2 --output-sync=target parts aws-lc
 	$(MAKE) whole jaeger
 
-# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/socket_stream.py says where
-# checkpoints are, and why. flake8-async takes most of the time, so it skips files without async.
-# ASYNC109 is off because a timeout parameter is the contract of the dialer and of the handshakes.
-# ASYNC124 is off because tests run in trio whether they wait or not.
+# scripts/flake8-async says which rules are off, and why.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	git grep --untracked -lzE "async|trio" -- "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
+	$(BIN)/python scripts/flake8-async
 	$(BIN)/mypy
 
 # The suite runs in its own network namespaces, so that tests and the machine cannot affect each
@@ -62,11 +59,13 @@ IN_BOTH := $(addprefix tests/,directory fastpath identity loopguard net tracing 
 # (docs/decisions/21-fast-path.md).
 WITH_FAST_PATH := tests/e2e/test_clients.py tests/both_paths/test_h2_plays.py
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
+# Tests that replace a compiled part (tests/kit/build.py), in folders that otherwise run compiled.
+INTERPRETED := tests/exchange/test_deadlines.py tests/exchange/test_trace_layer.py
 # Measures the branch coverage (CONTRIBUTING.md).
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	$(SANDBOXED) --cov --cov-report= $(filter-out $(IN_THE_IMAGE) tests/kube tests/kit,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
-	$(SANDBOXED) $(WITH_FAST_PATH)
+	$(SANDBOXED) $(WITH_FAST_PATH) $(INTERPRETED)
 	$(BIN)/python scripts/coverage
 
 whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
@@ -167,4 +166,4 @@ base:
 	./scripts/pin-base
 
 clean:
-	rm -rf $(VENV) $(JAEGER) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(JAEGER) build *.egg-info .mypy_cache .ruff_cache .flake8_async_cache .pytest_cache .hypothesis
