@@ -33,6 +33,7 @@ from typing import Any
 
 import trio
 
+from lab.console import print_table
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS, Json
 from proxy.config.schema_files import ControlPlaneConfig
@@ -444,10 +445,11 @@ def main() -> None:
     size = Size(args.services, args.endpoints, args.proxies, args.uses, args.changes, args.seconds)
     with tempfile.TemporaryDirectory() as folder:
         found = trio.run(measure, size, Path(folder))
-    for name, figure in found.items():
-        print(
-            f"{name:42} {figure:10.3f}" if isinstance(figure, float) else f"{name:42} {figure:10}"
-        )
+    rows = [
+        (name, f"{figure:.3f}" if isinstance(figure, float) else str(figure))
+        for name, figure in found.items()
+    ]
+    print_table(("figure", "value"), rows)
 
 
 if __name__ == "__main__":

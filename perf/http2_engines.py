@@ -16,6 +16,7 @@ import h2.config
 import h2.connection
 import h2.events
 
+from lab.console import print_table
 from proxy.wire.h1.connection import Role
 from proxy.wire.h2.connection import Http2Connection
 from proxy.wire.h2.events import DataReceived, HeadReceived, Http2Limits, TrailersReceived
@@ -118,9 +119,11 @@ def main() -> None:
             for _ in range(EXCHANGES):
                 exchange()
             best[name] = min(best[name], (time.process_time() - began) / EXCHANGES)
-    for name, seconds in best.items():
-        print(f"  {name:5} {seconds * 1e6:6.1f} µs of CPU time per exchange (client and server)")
-    print(f"  h2 takes {best['h2'] / best['ours']:.1f} times as much")
+    rows = [
+        (name, f"{seconds * 1e6:.1f}", f"{seconds / best['ours']:.1f}")
+        for name, seconds in best.items()
+    ]
+    print_table(("engine", "CPU us per exchange, client and server", "times ours"), rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import h2.exceptions
 import trio
 from trio.lowlevel import current_statistics
 
+from lab.console import print_table
 from proxy.net.address import Address
 from tests.kit.http import connect, descriptors, origin, until
 from tests.kit.http2_hop import Hop2, Settings2, hop2
@@ -123,15 +124,15 @@ async def _rounds(clients: list[Peer2], requests: int, dice: random.Random) -> C
     return done
 
 
-async def _line(process: trio.Process, said: bytes = b"") -> bytes:
+async def _ask(process: trio.Process, line: bytes = b"") -> bytes:
     """Send a line to the proxy's process; returns its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
-    await process.stdin.send_all(said)
-    line = b""
-    while not line.endswith(b"\n"):
-        line += await process.stdout.receive_some()
-    return line
+    await process.stdin.send_all(line)
+    answer = b""
+    while not answer.endswith(b"\n"):
+        answer += await process.stdout.receive_some()
+    return answer
 
 
 async def main(requests: int, count: int, seed: int) -> None:
@@ -141,7 +142,7 @@ async def main(requests: int, count: int, seed: int) -> None:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         try:
-            address = Address.parse((await _line(process)).decode().strip())
+            address = Address.parse((await _ask(process)).decode().strip())
             await _soak(process, address, (requests, count, seed))
         finally:
             process.kill()
@@ -155,15 +156,15 @@ async def _soak(process: trio.Process, address: Address, order: tuple[int, int, 
             await client.start()
             nursery.start_soon(client.pump)
         await _rounds(clients, min(requests, WARM_UP), random.Random(0))
-        before: dict[str, float] = json.loads(await _line(process, b"report\n"))
+        before: dict[str, float] = json.loads(await _ask(process, b"report\n"))
         started = time.perf_counter()
         done = await _rounds(clients, requests, random.Random(seed))
         seconds = time.perf_counter() - started
-        after: dict[str, float] = json.loads(await _line(process, b"report\n"))
+        after: dict[str, float] = json.loads(await _ask(process, b"report\n"))
         nursery.cancel_scope.cancel()
     print(f"{requests} requests in {seconds:.1f} s by {count} clients: {dict(done)}")
-    for name, was in before.items():
-        print(f"  {name:12} before {was:8.1f}  after {after[name]:8.1f}")
+    rows = [(name, f"{was:.1f}", f"{after[name]:.1f}") for name, was in before.items()]
+    print_table(("in the proxy", "before", "after"), rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ it.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from proxy.commands.checks import (
     check_directory,
     worst,
 )
+from proxy.commands.terminal import verdict
 from proxy.identity.inspect import write_everything
 
 DESCRIPTION = """\
@@ -174,17 +174,9 @@ def _as_json(results: Sequence[Result]) -> str:
 def _as_text(results: Sequence[Result]) -> str:
     lines = []
     for result in results:
-        lines.append(f"{_LABELS[result.status]:<8} {result.name:<14} {result.what}")
+        lines.append(f"{verdict(_LABELS[result.status], 8)} {result.name:<14} {result.what}")
         if result.remedy and result.status != "ok":
             lines.append(f"{'':<23} -> {result.remedy}")
     count = {status: sum(result.status == status for result in results) for status in _LABELS}
     lines += ["", ", ".join(f"{number} {status}" for status, number in count.items() if number)]
-    if not sys.stdout.isatty():
-        return "\n".join(lines)
-    colours = {"ok": "32", "WARNING": "33", "FAILED": "31"}
-    return "\n".join(_coloured(line, colours) for line in lines)
-
-
-def _coloured(line: str, colours: dict[str, str]) -> str:
-    word = line.split(" ", 1)[0]
-    return f"\x1b[{colours[word]}m{word}\x1b[0m{line[len(word) :]}" if word in colours else line
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from proxy import files
+from proxy.commands.terminal import verdict
 from proxy.identity import credential_files, credentials
 from proxy.identity import issue as certificates
 from proxy.identity.credential_files import MaterialError
@@ -316,7 +317,7 @@ def _run_show(args: argparse.Namespace) -> int:
         try:
             chain = credentials.parse_certificates(path, data)
         except MaterialError as error:
-            print(f"{path}\n  {'FAILED':<12} {error.reason}\n")
+            print(f"{path}\n  {verdict('FAILED', 12)} {error.reason}\n")
             good = False
             continue
         for number, certificate in enumerate(chain, start=1):
@@ -339,15 +340,15 @@ def _verdict(
 ) -> bool:
     problem = credentials.validity_problem(certificate, now)
     if problem is not None:
-        print(f"  {'FAILED':<12} the certificate {problem}")
+        print(f"  {verdict('FAILED', 12)} the certificate {problem}")
         return False
     if roots:
         try:
             credentials.verify_chain(certificate, chain, roots, now)
         except ValueError as error:
-            print(f"  {'FAILED':<12} not signed by these trust roots: {error}")
+            print(f"  {verdict('FAILED', 12)} not signed by these trust roots: {error}")
             return False
         print(f"  {'verified':<12} by these trust roots")
     if life_left(certificate, now) <= WARN_AT[0]:
-        print(f"  {'WARNING':<12} it {expiry_in_words(certificate, now)}: renew it")
+        print(f"  {verdict('WARNING', 12)} it {expiry_in_words(certificate, now)}: renew it")
     return True
