@@ -257,25 +257,29 @@ class App:
                 if beside is not None:
                     nursery.start_soon(beside, self)
                 stop = signals.__aiter__().__anext__
-                if not await self._identified(stop):
+                if await self._identified(stop):
+                    await self._start(nursery, stop)
+                else:
                     nursery.cancel_scope.cancel()
-                    return
-                nursery.start_soon(self.source.run, self._directory_changed)
-                nursery.start_soon(self._sweep)
-                nursery.start_soon(self.liveness.run)
-                nursery.start_soon(self.drain.disconnects.run)
-                nursery.start_soon(self.remote_gateways.watch)
-                PACER.set(self.drain.pacer)
-                nursery.start_soon(self.drain.pacer.run)
-                if self.names is not None:
-                    nursery.start_soon(self.names.serve, self.listeners, report)
-                if self.runtime.fast_path is not None:
-                    await self.runtime.fast_path.open()
-                    nursery.start_soon(self.runtime.fast_path.run)
-                nursery.start_soon(self.outbound_pools.serve)
-                nursery.start_soon(self.inbound_pools.serve)
-                nursery.start_soon(self._serve_until, stop, nursery.cancel_scope)
-                self._say_hello()
+
+    async def _start(self, nursery: trio.Nursery, stop: Callable[[], Awaitable[int]]) -> None:
+        """Start everything that needs a certificate."""
+        nursery.start_soon(self.source.run, self._directory_changed)
+        nursery.start_soon(self._sweep)
+        nursery.start_soon(self.liveness.run)
+        nursery.start_soon(self.drain.disconnects.run)
+        nursery.start_soon(self.remote_gateways.watch)
+        PACER.set(self.drain.pacer)
+        nursery.start_soon(self.drain.pacer.run)
+        if self.names is not None:
+            nursery.start_soon(self.names.serve, self.listeners, report)
+        if self.runtime.fast_path is not None:
+            await self.runtime.fast_path.open()
+            nursery.start_soon(self.runtime.fast_path.run)
+        nursery.start_soon(self.outbound_pools.serve)
+        nursery.start_soon(self.inbound_pools.serve)
+        nursery.start_soon(self._serve_until, stop, nursery.cancel_scope)
+        self._say_hello()
 
     async def _identified(self, stop: Callable[[], Awaitable[int]]) -> bool:
         """Wait for the first certificate: without it no flow starts. False: `stop` returned
