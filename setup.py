@@ -43,7 +43,7 @@ class ParallelBuild(build_ext):
 
 def extensions(project: dict[str, Any]) -> list[Extension]:
     """The named modules, compiled from copies that are ready for it."""
-    from mypyc.build import mypycify  # noqa: PLC0415  # nobody else has to have it
+    from mypyc.build import mypycify  # noqa: PLC0415  # only the build has it
 
     copies = _ROOT / "build" / "sources"
     shutil.rmtree(copies, ignore_errors=True)

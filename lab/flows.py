@@ -234,7 +234,7 @@ def _hello(record: tuple[int, bytes], facts: TLSFacts) -> None:
             facts.cipher = CIPHER_SUITES.get(suite, f"{suite:#06x}")
             _server_extensions(dict(_extensions(body[position + 3 :])), facts)
             if body[6:38] == _RETRY:
-                facts.group += " (asked for)"
+                facts.group += " (requested)"
         else:
             raise ValueError(f"the first handshake message has type {body[0]}")
     except (IndexError, struct.error):

@@ -351,15 +351,16 @@ async def who_was_who(stage: Stage) -> None:
         detail = f"{' and '.join(sorted(callees))}, verified by the sidecar of `web`"
         if outbound and not callees:
             # The outbound log does not name the server: use the wire and the other end's log.
-            callees, asked = (
+            callees, requested = (
                 own_identity(stage.sidecars["shop"]),
                 stage.server_names.get(port, set()),
             )
             detail = (
                 f"{' and '.join(sorted(callees)) or 'none'}, requested on the wire as"
-                f" {' and '.join(sorted(asked)) or 'nothing'}"
+                f" {' and '.join(sorted(requested)) or 'nothing'}"
             )
-            callees = callees if asked == {SpiffeId.parse(each).sni for each in callees} else set()
+            if requested != {SpiffeId.parse(each).sni for each in callees}:
+                callees = set()
         report.prove(f"{name}: to", detail, callees == {shop})
 
 

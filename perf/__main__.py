@@ -260,14 +260,14 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="duration of each load in each round"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     cpu = int(os.environ.get("ISTHMUS_PERF_CPU") or max(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, {cpu})
-    chosen = [work for work in works() if not asked.only or work.name in asked.only.split(",")]
-    peers = [peer for peer in PEERS if not asked.peers or peer.name in asked.peers.split(",")]
-    if asked.quick:
-        asked.rounds, asked.seconds = 1, 0.5
-    run = Run(peers, chosen, asked.rounds, asked.seconds)
+    chosen = [work for work in works() if not args.only or work.name in args.only.split(",")]
+    peers = [peer for peer in PEERS if not args.peers or peer.name in args.peers.split(",")]
+    if args.quick:
+        args.rounds, args.seconds = 1, 0.5
+    run = Run(peers, chosen, args.rounds, args.seconds)
     try:
         run.all()
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ async def _rounds(clients: list[Peer2], requests: int, dice: random.Random) -> C
                 client, cancelled = dice.choice(clients), dice.random() < 0.15
                 number = await client.request(POST, end=False)
                 uploads.start_soon(_one, client, number, dice.choice(SIZES), cancelled)
-                done["cancelled" if cancelled else "asked"] += 1
+                done["cancelled" if cancelled else "complete"] += 1
                 if not cancelled:
                     wanted.append((client, number))
         await until(partial(_answered, wanted), 60)

@@ -371,8 +371,8 @@ class App:
                 _log.error("internal error in a sweep", exc_info=error)
 
     async def _sweep_once(self, *, seldom: bool) -> None:
-        self.own.expiries.look()
-        await self.memory.look()
+        self.own.expiries.close_expired()
+        await self.memory.check()
         if seldom:
             fast_head.forget()
             self.runtime.loops.listeners = self._own()

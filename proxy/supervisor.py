@@ -8,7 +8,7 @@ kernel gives it no new ones. It is restarted after a pause, which doubles while 
 
     supervise
     ├── admin                /live, /ready and /metrics of all workers together
-    ├── look                 asks every worker for its state, so that a crash loses few counts
+    ├── poll                 asks every worker for its state, so that a crash loses few counts
     ├── keep(1) ... keep(N)  runs one worker's process and restarts it
     └── stop                 passes SIGTERM and SIGINT on
 
@@ -77,7 +77,7 @@ _log = logging.getLogger("isthmus.supervisor")
 
 # Seconds between two questions to the workers. A worker that is killed loses what it counted since
 # the last.
-_LOOK = 2.0
+_POLL_INTERVAL = 2.0
 # How long (seconds) rendering the metrics waits for the workers' states.
 _PATIENCE = 0.25
 # Pauses before a dead worker is restarted: the first, and the longest. After a life of `_WELL`, the
@@ -137,15 +137,15 @@ class Life:
     pipe: trio.SocketStream
     state: State | None = None  # the last state received; None while it is starting
     question_open: bool = False
-    missed: int = 0  # `look` calls since the unanswered question
+    missed: int = 0  # `poll` calls since the unanswered question
     answered: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
     @property
     def silent_for(self) -> float:
         """Seconds without an answer; 0 while it is starting."""
-        return self.missed * _LOOK if self.state is not None else 0.0
+        return self.missed * _POLL_INTERVAL if self.state is not None else 0.0
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Ask it for its state, unless a question is still open; then count the miss."""
         self.missed += self.question_open
         await self.ask()
@@ -251,7 +251,7 @@ class Supervisor:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(admin.run)
-                nursery.start_soon(self._look)
+                nursery.start_soon(self._poll)
                 nursery.start_soon(self._stop, signals)
                 with self._lives:
                     await self._keep_all()
@@ -367,12 +367,12 @@ class Supervisor:
 
     # States of the workers
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
-            await trio.sleep(_LOOK)
+            await trio.sleep(_POLL_INTERVAL)
             for worker in self.workers:
                 if worker.life is not None:
-                    await worker.life.look()
+                    await worker.life.poll()
 
     def _refresh(self, done: Callable[[], None]) -> None:
         self._nursery.start_soon(self._hear_all, done)

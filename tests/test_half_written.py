@@ -91,7 +91,7 @@ class Watched:
         end = self._clock.current_time() + seconds
         while self._next <= end:
             self._clock.jump(self._next - self._clock.current_time())
-            await self.made.look(self.reports)
+            await self.made.check(self.reports)
             self._next += min(INTERVAL, SETTLE) if self.made._settling.waiting else INTERVAL
         self._clock.jump(end - self._clock.current_time())
 

@@ -37,10 +37,10 @@ HEADS = {"floods": floods.HEAD, "faults": faults.HEAD}
 def chosen(only: str) -> frozenset[str]:
     """The names of the rows that `--only` asks for; all rows if it is empty. Raises ValueError for
     a name that does not exist."""
-    asked = frozenset(filter(None, only.split(","))) or frozenset(TABLES)
-    if unknown := asked - FLOODS - FAULTS - frozenset(TABLES):
+    names = frozenset(filter(None, only.split(","))) or frozenset(TABLES)
+    if unknown := names - FLOODS - FAULTS - frozenset(TABLES):
         raise ValueError(f"there is no row {', '.join(sorted(unknown))}")
-    return (asked - frozenset(TABLES)).union(*(TABLES[name] for name in asked & frozenset(TABLES)))
+    return (names - frozenset(TABLES)).union(*(TABLES[name] for name in names & frozenset(TABLES)))
 
 
 def texts(rows: Sequence[Row]) -> dict[str, str]:
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write each table that is measured as a whole into docs/reliability.md",
     )
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        only = chosen(asked.only)
+        only = chosen(args.only)
     except ValueError as error:
         parser.error(str(error))
-    if asked.write and not any(whole <= only for whole in TABLES.values()):
+    if args.write and not any(whole <= only for whole in TABLES.values()):
         parser.error("--write needs a whole table: --only floods, --only faults, or all")
     if not all(folder.is_dir() for folder in IMAGE):
         print(
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         print(f"perf.reliability: {error}", file=sys.stderr)
         return 64
-    if asked.write:
+    if args.write:
         facts = "".join(
             f"- {name}: {value}\n" for name, value in machine().items() if name != "versions"
         )

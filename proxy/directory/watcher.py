@@ -123,9 +123,9 @@ class DirectorySource:
             await trio.sleep(
                 min(interval, self.acceptance.settle) if self._settling.waiting else interval
             )
-            await self.look(report)
+            await self.check(report)
 
-    async def look(self, report: Report) -> None:
+    async def check(self, report: Report) -> None:
         """Check the file once."""
         try:
             if (seen := _stat(self.path)) == self._seen:

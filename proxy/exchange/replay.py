@@ -16,7 +16,7 @@ from proxy.wire.messages import EndOfMessage
 class Replay:
     """A `body` that can be rewound. An exchange.Body."""
 
-    __slots__ = ("_at", "_body", "_charged", "_kept", "_room", "_share", "length")
+    __slots__ = ("_at", "_body", "_charged", "_kept", "_remaining", "_share", "length")
 
     def __init__(self, body: Body, limit: int, share: Share = UNCOUNTED) -> None:
         """`limit`: the most bytes to keep. They are charged to `share`. The owner of the exchange
@@ -26,7 +26,7 @@ class Replay:
         self._body = body
         self._kept: list[bytes] | None = []  # None: no longer rewindable
         self._at = 0  # index of the next piece within the kept ones
-        self._room = limit
+        self._remaining = limit
         self.length: Length = body.length
 
     @property
@@ -62,8 +62,8 @@ class Replay:
 
     def _keep(self, piece: bytes | EndOfMessage | None) -> bytes | EndOfMessage | None:
         if self._kept is not None and isinstance(piece, bytes):
-            self._room -= len(piece)
-            if self._room < 0:
+            self._remaining -= len(piece)
+            if self._remaining < 0:
                 self.drop()
             else:
                 self._kept.append(piece)

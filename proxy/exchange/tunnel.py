@@ -48,13 +48,13 @@ async def open_tunnel(
             answer = await _final(stream, http)
         except ConnectionLost as error:
             raise TunnelRefused(
-                f"the gateway {stream.peer} closed the connection on CONNECT {_said(authority)}:"
+                f"the gateway {stream.peer} closed the connection on CONNECT {_quoted(authority)}:"
                 f" {error}"
             ) from error
     if answer is None:
         raise TunnelRefused(
             f"the gateway {stream.peer} did not answer within {timeout:g} s to CONNECT"
-            f" {_said(authority)}"
+            f" {_quoted(authority)}"
         )
     failure = reported(answer, stream)
     if isinstance(failure, Undelivered):
@@ -62,8 +62,8 @@ async def open_tunnel(
     if not 200 <= answer.status < 300:
         why = answer.headers.get(b"proxy-status") or answer.reason
         raise TunnelRefused(
-            f"the gateway {stream.peer} answered {answer.status} to CONNECT {_said(authority)}:"
-            f" {_said(why)}"
+            f"the gateway {stream.peer} answered {answer.status} to CONNECT {_quoted(authority)}:"
+            f" {_quoted(why)}"
         )
     rest = http.take_rest()
     return PrefixedStream(stream, rest) if rest else stream
@@ -85,5 +85,5 @@ async def _final(stream: Stream, http: Http1Connection) -> ResponseHead:
             http.receive_data(await stream.receive_some(READ_SIZE))
 
 
-def _said(text: bytes) -> str:
+def _quoted(text: bytes) -> str:
     return text[:_QUOTED].decode("latin-1")

@@ -109,7 +109,8 @@ class GatewayPlanner:
         """Whether the bytes of a tunnel are not HTTP, so that the rest may be relayed. False: the
         tunnel has ended. Raises RequestError if they are HTTP: requests have to come as such."""
         try:
-            found = await self._rt.look(stream, upstream, self._rt.config.gateway.detect_timeout)
+            patience = self._rt.config.gateway.detect_timeout
+            found = await self._rt.detect_late(stream, upstream, patience)
         except NetError as error:
             exchange.failure, exchange.failure_words = "tunnel_lost", str(error)
             return False

@@ -43,7 +43,7 @@ async def relay_to_application(
         await confirm(stream)
         with account.upstream(application) as opened:
             found = (
-                await rt.look(stream, application, rt.config.inbound.detect_timeout)
+                await rt.detect_late(stream, application, rt.config.inbound.detect_timeout)
                 if about.unsure
                 else FOUND_OPAQUE
             )

@@ -54,7 +54,7 @@ class Found:
 FOUND_OPAQUE = Found(Protocol.OPAQUE)
 
 
-async def look(client: Stream, server: Stream, *, patience: float, idle: float) -> Found:
+async def detect_late(client: Stream, server: Stream, *, patience: float, idle: float) -> Found:
     """Forward bytes between `client` and `server` until the client's protocol is known. Times in
     seconds. Raises NetError if a connection is lost. The caller keeps ownership of both streams.
     They are reset if this function raises or the idle time ends."""

@@ -44,7 +44,7 @@ async def relay_to_endpoint(
             with account.upstream(upstream):
                 on_bytes = calls[0].end_at_bytes if calls else None
                 found = (
-                    await rt.look(client, upstream, rt.config.outbound.detect_timeout)
+                    await rt.detect_late(client, upstream, rt.config.outbound.detect_timeout)
                     if about.unsure
                     else FOUND_OPAQUE
                 )

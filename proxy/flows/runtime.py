@@ -24,7 +24,7 @@ from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.fastpath.fast_path import FastPath
 from proxy.flows.confirmation import await_confirmation
-from proxy.flows.late_detection import Found, look
+from proxy.flows.late_detection import Found, detect_late
 from proxy.flows.loop_guard import LoopGuard
 from proxy.identity.identity import Identity, PeerRefused
 from proxy.identity.tls_contexts import ALPN_TCP, ALPN_TCP_CONFIRMED, KeptSession
@@ -167,10 +167,11 @@ class Runtime:
             client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry
         )
 
-    async def look(self, client: Stream, server: Stream, patience: float) -> Found:
+    async def detect_late(self, client: Stream, server: Stream, patience: float) -> Found:
         """Find out the protocol of a client whose first bytes did not show it (late_detection.py).
         If it is not HTTP, all its bytes have been forwarded."""
-        return await look(client, server, patience=patience, idle=self.config.tcp.idle_timeout)
+        idle = self.config.tcp.idle_timeout
+        return await detect_late(client, server, patience=patience, idle=idle)
 
     # Connecting to an endpoint.
 

@@ -185,7 +185,8 @@ class Acceptor:
         self._on_error = on_error
         self._on_pause = on_pause
         self.on_accept = on_accept
-        self._room = trio.lowlevel.ParkingLot()  # accept loops that wait for a connection to end
+        # Accept loops that wait for a connection to end.
+        self._slot_freed = trio.lowlevel.ParkingLot()
         self._accepting = trio.CancelScope()
         self._connections = trio.CancelScope()
         self._listeners: list[socket.socket] = []  # that are open
@@ -234,7 +235,7 @@ class Acceptor:
         while not self.draining:  # the task may wake up exactly when the listener is closed
             if pause := self.slots.make_room():
                 with trio.move_on_after(pause):
-                    await self._room.park()
+                    await self._slot_freed.park()
                 continue
             try:
                 sock, client = listener.accept()
@@ -314,8 +315,8 @@ class Acceptor:
         finally:
             sock.close()
             self.slots.free(slot)
-            if self._room:
-                self._room.unpark_all()
+            if self._slot_freed:
+                self._slot_freed.unpark_all()
 
     async def _guard(self, connection: Connection) -> None:
         """The error boundary."""

@@ -48,7 +48,7 @@ from proxy.net.exceptions import ConnectionLost, NetError
 # How many waiting connections one scan keeps, and the minimum time (seconds) between two scans if
 # there are more connections than these. A scan of 10,000 takes some milliseconds.
 _KEPT = 256
-_LOOK_PAUSE = 0.1
+_SCAN_PAUSE = 0.1
 
 # The time (seconds) that each connection has to send something: two round trips around the world,
 # or some on a busy machine.
@@ -233,7 +233,7 @@ class Slots:
             raise ListenerFull("the connection was ended to make room for others")
         bounds = self.bounds
         if member:
-            if self.known >= bounds.total and not self._room_for_member():
+            if self.known >= bounds.total and not self._evict_for_member():
                 raise self._refused("full", slot.source)
         elif (
             self.count("plain") >= bounds.total - bounds.reserved or self.known >= bounds.total
@@ -263,7 +263,7 @@ class Slots:
             self._evict(slot, "idle")
         return slot is not None
 
-    def _room_for_member(self) -> bool:
+    def _evict_for_member(self) -> bool:
         if self._evict_waiting():
             return True
         if self._of["plain"]:
@@ -317,7 +317,7 @@ class _Waiting:
         self._group = group
         self._clock = clock
         self._found: list[tuple[float, int, Slot]] = []  # the last one has waited longest
-        self._next_look = 0.0
+        self._next_scan = 0.0
 
     def longest(self, least: float = 0.0) -> Slot | None:
         """Return the slot that has waited longest, for at least `least` seconds.
@@ -325,8 +325,8 @@ class _Waiting:
         None: no slot has waited so long, or the next scan is not allowed yet.
         """
         slot = self._next(least)
-        if slot is None and self._clock() >= self._next_look:
-            self._look()
+        if slot is None and self._clock() >= self._next_scan:
+            self._scan()
             slot = self._next(least)
         return slot
 
@@ -342,7 +342,7 @@ class _Waiting:
                 return slot
         return None
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         waiting = (
             (since, number, slot)
             for number, slot in enumerate(self._group)
@@ -350,4 +350,4 @@ class _Waiting:
         )
         self._found = heapq.nsmallest(_KEPT, waiting)
         self._found.reverse()
-        self._next_look = self._clock() + (_LOOK_PAUSE if len(self._group) > _KEPT else 0.0)
+        self._next_scan = self._clock() + (_SCAN_PAUSE if len(self._group) > _KEPT else 0.0)

@@ -109,10 +109,10 @@ class Liveness:
             for at in range(0, len(streams), _SLICE):
                 for stream in streams[at : at + _SLICE]:
                     if not stream.closed:
-                        self._look(stream)
+                        self._check(stream)
                 await trio.lowlevel.checkpoint()
 
-    def _look(self, stream: SocketStream) -> None:
+    def _check(self, stream: SocketStream) -> None:
         try:
             info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO)
         except OSError:

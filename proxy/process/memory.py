@@ -52,7 +52,7 @@ _LEAST = 16 * _MIB
 _FREED, _GROWN = 16 * _MIB, 24 * _MIB
 # Seconds between two such checks; and the longest pause, when returning memory frees less than so
 # many bytes.
-_LOOK, _SELDOM, _HELPED = 5.0, 300.0, 2**20
+_INTERVAL, _LONGEST_PAUSE, _WORTHWHILE = 5.0, 300.0, 2**20
 # So many open connections and streams are few: a full collection takes less than 0.05 s.
 _FEW = 256
 # Collections of the middle generation before the collector runs a full one.
@@ -122,7 +122,7 @@ def budget_of(config: Config, limit: int | None) -> int:
 
 
 class MemoryWatch:
-    """Holds the budget, logs its actions, and returns freed memory. Call `look` about once a
+    """Holds the budget, logs its actions, and returns freed memory. Call `check` about once a
     second.
     """
 
@@ -132,16 +132,16 @@ class MemoryWatch:
         """`limit`: see `limit_of_container`."""
         self.budget = budget = Budget(budget_of(config, limit), config.memory.patience)
         # Above this size of the process, a full collection does not wait.
-        self._scarce = math.inf if limit is None else limit // config.workers // 8 * 7
+        self._near_limit = math.inf if limit is None else limit // config.workers // 8 * 7
         self._streams = streams
         self._metrics = metrics
         self._limits = {action: RateLimit(1) for action in ACTIONS}
         self._floor = resident()
-        self._most = 0  # the maximum of buffered bytes since memory was last returned
-        self._next = 0.0  # earliest time of the next return because fewer bytes are buffered
+        self._peak = 0  # the maximum of buffered bytes since memory was last returned
+        self._next_check = 0.0  # earliest time of the next return because fewer bytes are buffered
         # earliest time of a return because of the process's size, and the current pause between
         # them
-        self._later, self._pause = 0.0, _LOOK
+        self._next_trim, self._pause = 0.0, _INTERVAL
         # A full collection is due, but too many connections are open. The earliest next one while
         # they are.
         self._postponed, self._collect_next = False, 0.0
@@ -154,35 +154,37 @@ class MemoryWatch:
         figures = (budget.used // _MIB, budget.limit // _MIB, budget.open_used // _MIB)
         warn(_log, self._limits[action], words, *figures, _WORDS[action])
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Close connections that exceeded their share for too long. Return freed memory to the
         system if it is much.
         """
         now = trio.current_time()
         self.budget.sweep(now)
-        if now < self._next:
+        if now < self._next_check:
             return
-        self._next = now + _LOOK
-        used, self._most = self.budget.used, max(self._most, self.budget.used)
+        self._next_check = now + _INTERVAL
+        used, self._peak = self.budget.used, max(self._peak, self.budget.used)
         size = resident()
         self._floor = min(self._floor, size)
         grown = size - self._floor
         few = self._few_are_open()
-        if used < self._most - _FREED or (self._postponed and few):
-            self._pause = _LOOK
-        elif now < self._later or grown < _GROWN or used > grown // 2:
+        if used < self._peak - _FREED or (self._postponed and few):
+            self._pause = _INTERVAL
+        elif now < self._next_trim or grown < _GROWN or used > grown // 2:
             return
-        collect = few or (size > self._scarce and now >= self._collect_next)
+        collect = few or (size > self._near_limit and now >= self._collect_next)
         self._postponed = not collect
         if collect:
-            self._collect_next = now + _SELDOM
+            self._collect_next = now + _LONGEST_PAUSE
             forget_ended_scopes()
             await trio.lowlevel.checkpoint()
         await trio.to_thread.run_sync(partial(trim, collect=collect))
         self._metrics.memory_trims.at().inc()
-        self._most = used
-        self._later = now + self._pause
-        self._pause = _LOOK if size - resident() > _HELPED else min(2 * self._pause, _SELDOM)
+        self._peak = used
+        self._next_trim = now + self._pause
+        self._pause = (
+            _INTERVAL if size - resident() > _WORTHWHILE else min(2 * self._pause, _LONGEST_PAUSE)
+        )
 
     def _few_are_open(self) -> bool:
         streams = self._streams
@@ -223,7 +225,7 @@ def forget_ended_scopes() -> None:
     does nothing.
     """
     most = min(_MOST_SCOPES, _ENDED_SCOPES + 2 * trio.lowlevel.current_statistics().tasks_living)
-    until = trio.current_time() + _SELDOM
+    until = trio.current_time() + _LONGEST_PAUSE
     for _ in range(most):
         with trio.CancelScope(deadline=until):  # noqa: ASYNC100  # only its deadline is needed
             pass

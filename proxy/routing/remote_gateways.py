@@ -140,7 +140,7 @@ class RemoteGateways:
             return target
         self._asked[remote.cluster] = trio.current_time()
         if self.source.current is not self._seen:
-            self._look()
+            self._recompute()
         endpoints = self._changed.get(remote.cluster)
         if endpoints is None:
             return target
@@ -179,7 +179,7 @@ class RemoteGateways:
         """The cluster whose gateway has this literal or resolved address. None: not a gateway's
         address."""
         if self.source.current is not self._seen:
-            self._look()
+            self._recompute()
         return self._gateways.get(address)
 
     def _unresolved(self, gateway: Gateway) -> _Name | None:
@@ -200,7 +200,7 @@ class RemoteGateways:
         pulse = self._pulses.get(endpoint)
         return pulse is not None and pulse.failures >= self.settings.probe_failures
 
-    def _look(self) -> None:
+    def _recompute(self) -> None:
         """Compute the usable gateways again, after a change of the directory or of a gateway's
         state."""
         directory = self._seen = self.source.current
@@ -240,7 +240,7 @@ class RemoteGateways:
         async with trio.open_nursery() as nursery:
             while True:
                 if self.source.current is not self._seen:
-                    self._look()
+                    self._recompute()
                 now = trio.current_time()
                 for host, name in self._names.items():
                     if name.due <= now:
@@ -297,7 +297,7 @@ class RemoteGateways:
         elif name.addresses != (addresses := tuple(sorted(found)[:_MOST_ADDRESSES])):
             _log.info("the gateway name %s resolves to %s", host, ", ".join(addresses))
             name.addresses = addresses
-            self._look()
+            self._recompute()
 
     async def _probe(self, cluster: str, endpoint: Endpoint) -> None:
         failure: str | None = f"no answer within {self.settings.probe_timeout:g} s"
@@ -326,7 +326,7 @@ class RemoteGateways:
                 cluster,
                 "is usable again" if before else f"is not usable: {failure}",
             )
-            self._look()
+            self._recompute()
         if silent:
             self._listen(cluster, endpoint)
 

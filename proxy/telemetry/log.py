@@ -380,7 +380,7 @@ class RateLimit:
     per_second: int
     clock: Callable[[], float] = time.monotonic
     _second: float = field(default=float("-inf"), init=False)
-    _said: int = field(default=0, init=False)
+    _admitted: int = field(default=0, init=False)
     _suppressed: int = field(default=0, init=False)
 
     def admit(self) -> int | None:
@@ -389,11 +389,11 @@ class RateLimit:
         """
         now = self.clock()
         if now - self._second >= 1:
-            self._second, self._said = now, 0
-        if self._said >= self.per_second:
+            self._second, self._admitted = now, 0
+        if self._admitted >= self.per_second:
             self._suppressed += 1
             return None
-        self._said += 1
+        self._admitted += 1
         suppressed, self._suppressed = self._suppressed, 0
         return suppressed
 

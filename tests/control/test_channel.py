@@ -484,13 +484,13 @@ async def test_the_connection_ends_with_the_control_planes_certificate(
         assert len(expiries) == 1
         (stream,) = [stream for known in expiries._minutes.values() for stream in known]
         certificates_end = stream.info.peer_not_after
-        expiries.look()
+        expiries.close_expired()
         assert stream.ended() == "open"
         if end == "expiry":
             expiries._clock = lambda: certificates_end
         else:
             expiries.untrust([make_root(DOMAIN).certificate])
-        expiries.look()
+        expiries.close_expired()
         await until(lambda: source.since is None, "the end")
         assert {
             "expiry": "has expired",
@@ -509,7 +509,7 @@ async def test_the_connection_ends_with_the_proxys_certificate(
         await until(lambda: source.since is not None, "a connection")
         end = identity.chain_end
         workshop.expiries._clock = lambda: end - EARLY
-        workshop.expiries.look()
+        workshop.expiries.close_expired()
         await until(lambda: source.since is None, "the end")
         assert source._why == "the certificate with which this connection was opened has expired"
 

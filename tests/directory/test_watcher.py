@@ -103,8 +103,8 @@ async def test_a_file_that_is_not_regular_is_an_error_and_stops_nothing(
     source, reports = DirectorySource(file, ONE_READ), Reports()
     replace(file, put)
     with trio.fail_after(30):
-        await source.look(reports)
-        await source.look(reports)
+        await source.check(reports)
+        await source.check(reports)
     assert [str(error) for error in reports] == [f"{file}: is not a regular file"]
     assert name(source) == "default/a"
     with pytest.raises(DirectoryError, match="is not a regular file"):
@@ -121,7 +121,7 @@ async def test_a_change_swaps_the_snapshot_and_leaves_the_old_one_as_it_was(file
     source, reports = DirectorySource(file, ONE_READ), Reports()
     before = source.current
     write(file, B)
-    await source.look(reports)
+    await source.check(reports)
     assert (name(source), reports) == ("default/b", [None])
     assert before.resolve(Address("10.0.0.1", 80)).service == "default/a"
 
@@ -129,7 +129,7 @@ async def test_a_change_swaps_the_snapshot_and_leaves_the_old_one_as_it_was(file
 async def test_two_writes_in_one_tick_of_the_clock_are_both_seen(file: Path) -> None:
     source, reports = DirectorySource(file, ONE_READ), Reports()
     rewrite_in_the_same_tick(file, B)
-    await source.look(reports)
+    await source.check(reports)
     assert name(source) == "default/b"
 
 
@@ -137,7 +137,7 @@ async def test_a_file_that_was_touched_and_not_changed_is_not_a_change(file: Pat
     source, reports = DirectorySource(file, ONE_READ), Reports()
     before = source.current
     os.utime(file, (1, 1))
-    await source.look(reports)
+    await source.check(reports)
     assert source.current is before
     assert reports == []
 
@@ -148,15 +148,15 @@ async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_eac
     source, reports = DirectorySource(file, ONE_READ), Reports()
     write(file, "services: [{name: a}]")
     for _ in range(3):
-        await source.look(reports)
+        await source.check(reports)
     assert name(source) == "default/a"
     assert [str(error).split(": ", 1)[1] for error in reports] == [
         "services[0].ports: at least one port must be given"
     ]
     write(file, "services: 3")
-    await source.look(reports)
+    await source.check(reports)
     write(file, B)
-    await source.look(reports)
+    await source.check(reports)
     assert len(reports) == 3
     assert reports[-1] is None
     assert name(source) == "default/b"
@@ -167,10 +167,10 @@ async def test_a_file_that_goes_and_comes_back_is_reported_each_time(file: Path)
     away = file.with_name("away")
     for _ in range(2):
         move(file, away)
-        await source.look(reports)
-        await source.look(reports)
+        await source.check(reports)
+        await source.check(reports)
         move(away, file)
-        await source.look(reports)
+        await source.check(reports)
     assert len(reports) == 2
     assert all("cannot be read" in str(error) for error in reports)
     assert name(source) == "default/a"
@@ -185,7 +185,7 @@ async def test_the_symbolic_links_that_kubernetes_swaps_are_followed(tmp_path: P
     source, reports = DirectorySource(tmp_path / "directory.yaml", ONE_READ), Reports()
     assert name(source) == "default/a"
     swap(tmp_path / "..data", "2")
-    await source.look(reports)
+    await source.check(reports)
     assert name(source) == "default/b"
 
 
@@ -217,13 +217,13 @@ async def test_reading_a_large_directory_causes_no_garbage_collection(file: Path
     full = gc.get_stats()[2]["collections"]
     write(file, large(1000))
     try:
-        await source.look(reports)
+        await source.check(reports)
         assert len(source.current.services) == 1000
         assert gc.get_stats()[2]["collections"] == full
         assert gc.get_freeze_count() > 5000, "the snapshot is not visited"
         assert gc.isenabled()
         write(file, "services: 3")
-        await source.look(reports)
+        await source.check(reports)
         assert reports[-1] is not None
         assert gc.isenabled()
     finally:

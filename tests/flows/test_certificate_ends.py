@@ -42,7 +42,7 @@ def later(app: App, seconds: float) -> None:
     """Move the proxy's clock forward by so much, and let it check."""
     moment = time.time() + seconds
     app.own.expiries._clock = lambda: moment
-    app.own.expiries.look()
+    app.own.expiries.close_expired()
 
 
 async def end(app: App) -> float:

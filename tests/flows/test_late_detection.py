@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from proxy.flows.late_detection import look
+from proxy.flows.late_detection import detect_late
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.relay import relay
 from proxy.wire.sniff import Protocol
@@ -306,7 +306,7 @@ async def test_both_sides_may_speak_at_once_and_nothing_is_lost() -> None:
     await server.send_all(b"greeting")
     await client.send_all(b"\xffdata")
     with trio.fail_after(30):
-        found = await look(accepted, dialled, patience=60, idle=60)
+        found = await detect_late(accepted, dialled, patience=60, idle=60)
         assert found.protocol is Protocol.OPAQUE
         async with trio.open_nursery() as nursery:  # what was not read by then is left to the relay
             nursery.start_soon(partial(relay, accepted, dialled, idle=60))
@@ -322,7 +322,7 @@ async def test_a_lost_connection_is_reset_on_the_other_side() -> None:
     dialled, server = pair()
     client.reset()
     with trio.fail_after(30), pytest.raises(ConnectionLost):
-        await look(accepted, dialled, patience=60, idle=60)
+        await detect_late(accepted, dialled, patience=60, idle=60)
     with trio.fail_after(30), pytest.raises(ConnectionLost):
         await server.receive_some()
     for stream in (client, accepted, dialled, server):
@@ -332,7 +332,7 @@ async def test_a_lost_connection_is_reset_on_the_other_side() -> None:
 async def test_two_silent_sides_are_given_up(autojump_clock: trio.abc.Clock) -> None:
     client, accepted = pair()
     dialled, server = pair()
-    found = await look(accepted, dialled, patience=3, idle=60)
+    found = await detect_late(accepted, dialled, patience=3, idle=60)
     assert found.silent
     with pytest.raises(ConnectionLost):
         await client.receive_some()
@@ -345,7 +345,7 @@ async def test_a_client_that_ends_its_side_is_relayed(autojump_clock: trio.abc.C
     dialled, server = pair()
     await client.send_all(b"FOO")
     await client.send_eof()
-    found = await look(accepted, dialled, patience=3, idle=60)
+    found = await detect_late(accepted, dialled, patience=3, idle=60)
     assert found.protocol is Protocol.OPAQUE
     assert await server.receive_some() == b"FOO"
     assert await accepted.receive_some() == b""

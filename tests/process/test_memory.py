@@ -178,7 +178,7 @@ class Watched:
         """Check once a second; returns how often memory was returned in that time."""
         before = self.trims
         for _ in range(seconds):
-            await self.watch.look()
+            await self.watch.check()
             clock.jump(1)
         return self.trims - before
 

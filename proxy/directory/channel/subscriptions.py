@@ -82,7 +82,7 @@ class Subscriptions:
         entry = self.entries.get(key)
         if entry is None:
             entry = self.entries[key] = Entry(key)
-            if len(self.entries) - self._refused > self._limit and not self._make_room(key):
+            if len(self.entries) - self._refused > self._limit and not self._drop_unused(key):
                 entry.state = "refused"
                 self._refused += 1
             else:
@@ -111,7 +111,7 @@ class Subscriptions:
                 return
             self._drop(entry)
 
-    def _make_room(self, key: str) -> bool:
+    def _drop_unused(self, key: str) -> bool:
         entry = next(iter(self._unused.values()), None)
         if entry is None or entry.key == key or not self._may_drop(entry.key):
             return False

@@ -101,9 +101,9 @@ class Http1Exchange(Exchange):
     def pass_half_close(self, tell: Callable[[], None] | None) -> None:
         self._on_half_close = tell
         if self._server.client_ended:
-            self.look()
+            self.check_client()
 
-    def look(self) -> None:
+    def check_client(self) -> None:
         """The client's connection is lost, or the client has ended its direction. After a complete
         request, the end is a half-close, which is passed on."""
         server, tell = self._server, self._on_half_close
@@ -335,9 +335,10 @@ class Http1Server:
     def _client_ends(self, lost: bool) -> None:
         self.client_ended, self.lost = True, self.lost or lost
         if self.on_client_end is not None:
-            self.on_client_end()  # the fast path hands the exchange over, and `look` is called then
+            # The fast path hands the exchange over, and `check_client` is called then.
+            self.on_client_end()
         elif self._exchange is not None:
-            self._exchange.look()
+            self._exchange.check_client()
 
     def hurry(self) -> None:
         """The proxy is shutting down and this connection waits for a request: shorten the wait."""
@@ -358,7 +359,7 @@ class Http1Server:
             return False
         self._exchange = exchange
         if self.client_ended:
-            exchange.look()
+            exchange.check_client()
         try:
             with self.facts.share.holding(connection.head_size):
                 await handler(exchange)

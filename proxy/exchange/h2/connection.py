@@ -290,13 +290,13 @@ class MultiplexedConnection:
                 self._ping_next = now + self._seldom
                 self.http.ping(_PING)
                 self.touch()
-            await trio.sleep_until(self._next_look(now))
+            await trio.sleep_until(self._next_check(now))
 
     @property
     def _next_ping(self) -> float:
         return max(self.last_read + self.settings.ping_interval, self._ping_next)
 
-    def _next_look(self, now: float) -> float:
+    def _next_check(self, now: float) -> float:
         if self._pinged is not None:
             return self._pinged + self.settings.ping_timeout
         if self._goaway_deadline is not None:

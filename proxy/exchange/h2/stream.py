@@ -302,7 +302,7 @@ class Http2Stream:
         try:
             while True:
                 await self.mux.writer.paced()
-                window = self._room()
+                window = self._send_window()
                 piece = data if not at and len(data) <= window else data[at : at + window]
                 if not piece and at < len(data):
                     await self.mux.scheduler.wait(self)
@@ -317,7 +317,7 @@ class Http2Stream:
             self.mux.scheduler.next()
             raise
 
-    def _room(self) -> int:
+    def _send_window(self) -> int:
         if self._lost is not None:
             raise self._lost
         if self.mux.broken is not None:
@@ -355,7 +355,7 @@ class Http2Stream:
     def may_send(self) -> bool:
         """Whether `send` would raise, or would not have to wait for a window."""
         try:
-            return self._room() > 0
+            return self._send_window() > 0
         except StreamLost:
             return True
 

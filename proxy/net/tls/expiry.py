@@ -110,7 +110,7 @@ class Expiries:
             expiry.words = _UNTRUSTED
             self._file(stream, now)
 
-    def look(self) -> None:
+    def close_expired(self) -> None:
         """Retire and cut what is due. Call it about once a second."""
         now = self._clock()
         for minute, known in list(self._minutes.items()):

@@ -31,7 +31,7 @@ class Watched:
         """What happens when the clock is set to this."""
         self.now = now
         self.ends.clear()
-        self.all.look()
+        self.all.close_expired()
         return list(self.ends)
 
 
@@ -118,7 +118,7 @@ async def test_one_that_has_ended_by_itself_is_forgotten(mesh: Mesh) -> None:
     assert watched.at(end_of(server) + GRACE) == [], "a closed one is not ended again"
     del client, server
     gc.collect()
-    watched.all.look()
+    watched.all.close_expired()
     assert len(watched.all) == 0
     assert watched.all._minutes == {}
 
@@ -150,7 +150,7 @@ async def test_a_root_that_is_removed_during_the_handshake_ends_the_connection(m
         watched.now = end_of(server) - 1000
         watched.all.untrust(roots)
         watched.all.watch(server, trust=before)
-        watched.all.look()
+        watched.all.close_expired()
         assert watched.at(watched.now + GRACE) == ends
         client.close()
         server.close()
