@@ -100,6 +100,8 @@ class Control:
                 settings.channel,
                 About(config.identity, config.channel.networks, config.channel.domain),
             )
+            self.channel.views.is_current = self.discovery.is_current
+            self.discovery.on_current = self.channel.views.answer_withheld
         self._reported: dict[Key, tuple[str, ...]] = {}
 
     async def run(
@@ -170,6 +172,8 @@ class Control:
         missing = [
             reflector for reflector in self.discovery.reflectors if not reflector.synced.is_set()
         ]
+        if not missing:
+            return self.discovery.outage()
         return "; ".join(
             f"{reflector.resource.plural}: {reflector.error or 'the list is not complete yet'}"
             for reflector in missing

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from proxy.directory import Hint, normalised
 from proxy.directory.reader import NOT_SERVED
+from proxy.directory.service_names import LABEL
 from proxy.directory.snapshot import ADMIN_PORT
 from proxy.directory.values import MOST_PORTS
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError, check_trust_domain
 
 __all__ = [
     "ADMIN_PORT",
+    "LABEL",
     "MOST_PORTS",
     "NOT_SERVED",
     "Hint",

@@ -2,9 +2,10 @@
 
 Each connection has two tasks. One reads messages; the other sends what has changed. A connection
 ends when the proxy violates the protocol, is silent for three heartbeats, or reads nothing for
-`write_timeout`. It also ends after `max_age` (varied at random), and when the proxy's certificate
-expires: the proxy returns at once, and loses nothing. So the proxies spread over the replicas again
-after one of them was restarted, and a proxy whose certificate is not renewed is not served.
+`write_timeout`. One that asks for too many entries is read later. A connection also ends after
+`max_age` (varied at random), and when the proxy's certificate expires: the proxy returns at once,
+and loses nothing. So the proxies spread over the replicas again after one of them was restarted,
+and a proxy whose certificate is not renewed is not served.
 
 Only clients with a certificate of the trust domain are accepted. Where a proxy runs is what
 discovery knows of the pod at its address, if that pod has the identity of the certificate.
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import trio
 
@@ -37,6 +38,7 @@ from proxy.directory.channel.messages import (
     Goodbye,
     Hello,
     Ping,
+    Subscribe,
     Welcome,
     frame,
     from_proxy,
@@ -47,6 +49,8 @@ from proxy.net.connection_slots import Bounds
 from proxy.net.exceptions import NetError
 from proxy.net.tls.handshake import TLSStream, tls_server
 from proxy.settings.declare import Section, number, octets, seconds
+
+T = TypeVar("T")
 
 _log = logging.getLogger("isthmus.control")
 
@@ -64,6 +68,15 @@ class ChannelLimits(Section, frozen=True):
         int,
         number(1, 1_000_000, "maximum connections of one identity; above: new ones are closed"),
     ] = 2000
+    max_connections_per_proxy: Annotated[
+        int,
+        number(
+            1,
+            1_000_000,
+            "maximum connections of one identity from one address; each worker of a proxy has one;"
+            " above: new ones are closed",
+        ),
+    ] = 64
     max_handshakes: Annotated[
         int,
         number(
@@ -75,6 +88,15 @@ class ChannelLimits(Section, frozen=True):
     max_subscriptions: Annotated[
         int, number(16, 1_000_000, "maximum entries that one proxy follows; above: it is refused")
     ] = 4096
+    max_subscribe_rate: Annotated[
+        int,
+        number(
+            1,
+            1_000_000,
+            "entries that one connection may ask for in a second, after `max_subscriptions` at"
+            " once; above: the replica reads its messages later",
+        ),
+    ] = 200
     max_message_bytes: Annotated[
         int,
         octets(
@@ -150,6 +172,7 @@ class Channel:
         self._catalog = catalog
         self._identity = identity
         self._identities: Counter[str] = Counter()
+        self._proxies: Counter[tuple[str, str]] = Counter()  # by identity and address
         self._open: set[Session] = set()
 
     def changed(self, changes: Changes) -> None:
@@ -208,12 +231,17 @@ class Channel:
             stream.close()
 
     async def _admitted(self, stream: TLSStream, peer: str) -> None:
-        most = self.limits.max_connections_per_identity
-        if self._identities[peer] >= most:
-            words = f"more than {most} connections (channel.max_connections_per_identity)"
-            await self.say_goodbye(stream, words)
-            raise Ended("limit", f"{peer} has {words}")
+        limits, proxy = self.limits, (peer, stream.peer.host)
+        for count, most, name in (
+            (self._identities[peer], limits.max_connections_per_identity, "identity"),
+            (self._proxies[proxy], limits.max_connections_per_proxy, "proxy"),
+        ):
+            if count >= most:
+                words = f"more than {most} connections (channel.max_connections_per_{name})"
+                await self.say_goodbye(stream, words)
+                raise Ended("limit", f"{peer} at {stream.peer.host} has {words}")
         self._identities[peer] += 1
+        self._proxies[proxy] += 1
         self.counts.accepted += 1
         session = Session(self.views, self.limits.max_subscriptions, self.limits.max_message_bytes)
         self._open.add(session)
@@ -223,9 +251,8 @@ class Channel:
             self._open.discard(session)
             session.close()
             self.counts.updates += session.updates
-            self._identities[peer] -= 1
-            if not self._identities[peer]:
-                del self._identities[peer]
+            _count_down(self._identities, peer)
+            _count_down(self._proxies, proxy)
 
     async def say_goodbye(self, stream: TLSStream, reason: str) -> None:
         """Tell the proxy why the connection ends. Closes it."""
@@ -256,6 +283,12 @@ class Channel:
         return Place(node, zone, SpiffeId.parse(peer).namespace if peer else "")
 
 
+def _count_down(counts: Counter[T], key: T) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
+
+
 class _Link:
     """One connection."""
 
@@ -266,6 +299,8 @@ class _Link:
         self._peer = peer
         self._wake = trio.Event()
         self._end: Exception | None = None
+        self._allowance = float(channel.limits.max_subscriptions)  # entries that it may ask for
+        self._counted = trio.current_time()  # when the allowance last grew
         session.on_stale = self._notify
 
     def _notify(self) -> None:
@@ -310,17 +345,29 @@ class _Link:
         limits = self._channel.limits
         limit = limits.max_missed_heartbeats * limits.heartbeat_interval
         while True:
-            with trio.move_on_after(limit):
+            with trio.move_on_after(limit) as scope:
                 await self._receive(frames)
-                continue
-            raise Ended("silent", f"no message for {limit:g} s")
+            if scope.cancelled_caught:
+                raise Ended("silent", f"no message for {limit:g} s")
+            await self._keep_rate()
+
+    async def _keep_rate(self) -> None:
+        """Wait until the proxy may ask for entries again (channel.max_subscribe_rate)."""
+        limits, now = self._channel.limits, trio.current_time()
+        grown = self._allowance + (now - self._counted) * limits.max_subscribe_rate
+        self._allowance, self._counted = min(limits.max_subscriptions, grown), now
+        if self._allowance < 0:
+            await trio.sleep(-self._allowance / limits.max_subscribe_rate)
 
     async def _receive(self, frames: Frames) -> None:
         data = await self._stream.receive_some()
         if not data:
             raise Ended("closed", "the proxy has closed the connection")
         for part in frames.feed(data):
-            self._session.received(from_proxy(part))
+            message = from_proxy(part)
+            self._session.received(message)
+            if isinstance(message, Subscribe):
+                self._allowance -= len(message.entries)
 
     async def _write(self) -> None:
         while True:

@@ -17,6 +17,7 @@ from proxy.directory.channel.messages import (
     Ping,
     Refused,
     Subscribe,
+    Unavailable,
     Unsubscribe,
     frame,
 )
@@ -112,10 +113,17 @@ class Session:
         parts: list[bytes] = []
         size = 0
         current: list[str] = []
+        unavailable: list[str] = []
         while self._stale and size < least:
             key = next(iter(self._stale))
             del self._stale[key]
             followed = self._followed[key]
+            if self._views.withholds(followed.topic):
+                if followed.needs_reply:
+                    followed.needs_reply = False
+                    unavailable.append(key)
+                    size += len(key)
+                continue
             before = self._views.computed
             variant = self._views.variant(followed.topic, self.place)
             needs_reply, followed.needs_reply = followed.needs_reply, False
@@ -135,6 +143,7 @@ class Session:
                 parts.append(variant.frame)
                 size += len(variant.frame)
         parts += (frame(Current(keys)) for keys in _parts(current))
+        parts += (frame(Unavailable(keys)) for keys in _parts(unavailable))
         for reason, refused in self._refused.items():
             parts += (frame(Refused(keys, reason)) for keys in _parts(refused))
         self._refused.clear()

@@ -10,16 +10,19 @@ lists an address that belongs to no pod: its tenant must not change what others 
 
 A topic knows which services it was made of. When one of them changes, its contents are dropped, and
 computed again when a follower is to be sent something.
+
+While discovery is cut off from the API server, what it does not have may exist. So such an answer
+is withheld, and given when discovery is current again.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from control.contract import Hint, normalised
+from control.contract import LABEL, Hint, normalised
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
 from control.discovery.views import Place, usable
@@ -74,6 +77,8 @@ class Views:
         self.computed = 0
         self._catalog = catalog
         self._of: dict[Key, dict[Topic, None]] = {}  # topics by the services they are made of
+        self.is_current: Callable[[], bool] = lambda: True
+        self._withheld: dict[Topic, None] = {}
 
     def follow(self, key: str, follower: Follower) -> Topic:
         """The topic of a key. Raises ValueError if it is not a key."""
@@ -89,6 +94,41 @@ class Views:
         topic.followers.pop(follower, None)
         if not topic.followers and self.topics.pop(topic.key, None) is not None:
             self._made_of(topic, ())
+            self._withheld.pop(topic, None)
+
+    def withholds(self, topic: Topic) -> bool:
+        """Whether the answer is withheld now. Its followers are told when it is known."""
+        if self.is_current() or self._exists(topic.key):
+            return False
+        self._withheld[topic] = None
+        return True
+
+    def answer_withheld(self) -> None:
+        """Discovery is current again."""
+        withheld, self._withheld = self._withheld, {}
+        for topic in withheld:
+            self._tell(topic)
+
+    def _exists(self, key: str) -> bool:
+        """Whether discovery knows something about an entry, even that it is not in the mesh."""
+        kind, _, name = key.partition("/")
+        catalog = self._catalog
+        if kind == "s":
+            namespace, _, service = name.partition("/")
+            return (namespace, service) in catalog.services
+        return (
+            name in catalog.pods
+            or name in catalog.unknown
+            or catalog.owner(name) is not None
+            or catalog.holder(name) is not None
+            or any(True for _ in catalog.listing(name))
+        )
+
+    @staticmethod
+    def _tell(topic: Topic) -> None:
+        topic.variants.clear()
+        for follower in topic.followers:
+            follower.stale(topic)
 
     def changed(self, changes: Changes) -> None:
         """Discovery has new entries."""
@@ -104,9 +144,7 @@ class Views:
             if (topic := self.topics.get(f"a/{address}")) is not None:
                 found[topic] = None
         for topic in found:
-            topic.variants.clear()
-            for follower in topic.followers:
-                follower.stale(topic)
+            self._tell(topic)
 
     def variant(self, topic: Topic, place: Place) -> Variant:
         """The content of a topic for a proxy at `place`."""
@@ -211,9 +249,9 @@ class Views:
 def _check(key: str) -> None:
     """Raises ValueError if it is not the key of an entry."""
     kind, _, name = key.partition("/")
-    if kind == "a" and normalised(name) == name:
+    if kind == "a" and normalised(name) == name and "%" not in name:
         ipaddress.ip_address(name)
-    elif kind != "s" or name.count("/") != 1:
+    elif kind != "s" or name.count("/") != 1 or not all(map(LABEL.match, name.split("/"))):
         raise ValueError(f"{key!r} is not a key")
 
 

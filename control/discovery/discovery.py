@@ -8,6 +8,10 @@ No change is reported before all four lists are complete: an endpoint whose pod 
 missing. Afterwards, changes are collected until none has come for `settle_time` seconds, for at
 most `max_delay` seconds, and are reported together. A fault of the API server never removes
 anything: see reflector.py.
+
+While a list or watch fails, new objects are missing. So what is not known may exist, and
+`is_current` is false. It is true again when all watches have worked for long enough to report what
+they have missed.
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ from proxy.settings.declare import Section, seconds
 
 _log = logging.getLogger("isthmus.control")
 
+# Seconds between two checks whether all watches work, and seconds, in addition to `max_delay`, in
+# which a watch that works again gets what it has missed.
+_CHECK = 0.25
+_CATCH_UP = 0.5
+
 RUNNING = Selection(fields="status.phase!=Succeeded,status.phase!=Failed")
 
 
@@ -39,6 +48,12 @@ class DiscoveryRules(Section, frozen=True):
         float, seconds(0, 10, "changes are reported when none has come for this time")
     ] = 0.05
     max_delay: Annotated[float, seconds(0, 60, "maximum time until changes are reported")] = 0.5
+    max_outage: Annotated[
+        float,
+        seconds(
+            0, 3600, "how long lists and watches may fail until the replica reports: not ready"
+        ),
+    ] = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,7 @@ class Discovery:
     ) -> None:
         self.catalog = catalog
         self.ready = trio.Event()  # set after the first report, which has everything
+        self.on_current: Callable[[], None] = lambda: None  # `is_current` is true again
         self._on_changes = on_changes
         self._rules = rules or DiscoveryRules()
         self._stale = trio.Event()
@@ -87,6 +103,32 @@ class Discovery:
     def _node(self, key: Key, zone: str | None) -> None:
         self.catalog.node(key[1], zone)
 
+    def is_current(self) -> bool:
+        """Whether what is not known does not exist."""
+        caught_up = trio.current_time() - self._rules.max_delay - _CATCH_UP
+        return all(
+            reflector.failing_since is None and reflector.works_since <= caught_up
+            for reflector in self.reflectors
+        )
+
+    def outage(self) -> str:
+        """What has failed for longer than `max_outage`, as text for people; "": nothing."""
+        limit = trio.current_time() - self._rules.max_outage
+        return "; ".join(
+            f"{reflector.resource.plural}: {reflector.error}"
+            for reflector in self.reflectors
+            if reflector.failing_since is not None and reflector.failing_since <= limit
+        )
+
+    async def _watch_outages(self) -> None:
+        was = True
+        while True:
+            await trio.sleep(_CHECK)
+            now = self.is_current()
+            if now and not was:
+                self.on_current()
+            was = now
+
     async def run(self) -> None:
         """Run until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -102,6 +144,7 @@ class Discovery:
                 len(catalog.services),
                 len(catalog.pods),
             )
+            nursery.start_soon(self._watch_outages)
             while True:
                 await self._stale.wait()
                 await self._settle()

@@ -25,7 +25,7 @@ from control.kube import objects
 from control.kube.access import FRESH, Access
 from control.kube.backoff import Backoff, BackoffRules
 from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
-from control.kube.http import Connection, Head, Request
+from control.kube.http import Connection, Head, Request, keep_alive
 from control.kube.objects import Page, Status
 from control.kube.resources import Resource, decode
 from proxy.settings.declare import Section, number, octets, seconds
@@ -135,6 +135,7 @@ async def connect(access: Access) -> trio.abc.Stream:
     AccessError.
     """
     tcp = await trio.open_tcp_stream(access.host, access.port)
+    keep_alive(tcp)
     if access.trust is None:
         return tcp
     done = False

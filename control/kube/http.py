@@ -18,6 +18,20 @@ from control.kube.errors import InvalidAnswer, Unreachable
 
 # The largest read in bytes.
 _RECEIVE = 65536
+# Probes after 15 s without data, and every 5 s; without an answer to three, the connection is lost.
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
+
+def keep_alive(tcp: trio.SocketStream) -> None:
+    """Let the kernel probe a silent connection. A watch is silent for a minute. Without probes, a
+    server that is cut off looks the same."""
+    for level, option, value in _KEEPALIVE:
+        tcp.setsockopt(level, option, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,9 @@ class Reflector(Generic[S, T]):
         self.state: State = "listing"
         self.counts = Counts()
         self.error = ""  # the last error; "" if all is well
+        # When lists and watches began to fail, and when they worked again after that.
+        self.failing_since: float | None = None
+        self.works_since = float("-inf")
         self._log = ErrorLog(f"list and watch of {resource.plural}")
         self.last_data = float("-inf")  # when data last came from the server
         self.rules = WatchRules()
@@ -180,11 +183,15 @@ class Reflector(Generic[S, T]):
     def _failed(self, why: str) -> None:
         self.counts.failures += 1
         self.error = why
+        if self.failing_since is None:
+            self.failing_since = trio.current_time()
         self._log.failed(why)
 
     def _works(self) -> None:
         self._log.works()
         self.error = ""
+        if self.failing_since is not None:
+            self.failing_since, self.works_since = None, trio.current_time()
 
     async def _once(self) -> None:
         """Run one watch, or one list and its watch. Returns when the server ends it without an

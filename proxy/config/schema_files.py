@@ -108,7 +108,7 @@ class ControlPlaneConfig(Section, frozen=True):
             0.01, _HOUR, "pause before the second attempt to connect; doubled, and varied at random"
         ),
     ] = 0.5
-    max_pause: Annotated[float, seconds(0.01, _HOUR, "longest pause between two attempts")] = 30.0
+    max_pause: Annotated[float, seconds(0.01, _HOUR, "longest pause between two attempts")] = 10.0
 
 
 # Writing a file of 6 MB takes tens of milliseconds. Half a second also covers a writer that waits

@@ -61,6 +61,11 @@ class Source(Protocol):
         answer."""
         ...
 
+    def doubt(self) -> None:
+        """An endpoint of the snapshot does not answer, or is another peer: the snapshot may be
+        old."""
+        ...
+
     async def run(self, report: Report) -> None:
         """Keep the snapshot current until cancelled. Calls `report(None)` after a replacement, and
         `report(error)` for a new error."""
@@ -94,6 +99,9 @@ class NoSource:
     def inside(self, host: str) -> bool:  # noqa: ARG002
         """See Source."""
         return False
+
+    def doubt(self) -> None:
+        """See Source."""
 
     # as above
     async def run(self, report: Report) -> None:  # noqa: ARG002

@@ -112,6 +112,9 @@ class DirectorySource:
         """See Source."""
         return False
 
+    def doubt(self) -> None:
+        """See Source."""
+
     def not_ready(self) -> str | None:
         """See Source."""
         return None

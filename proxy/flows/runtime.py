@@ -31,7 +31,7 @@ from proxy.identity.tls_contexts import ALPN_TCP, ALPN_TCP_CONFIRMED, KeptSessio
 from proxy.net.accept import Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
-from proxy.net.exceptions import ConnectionLost, TLSFailed
+from proxy.net.exceptions import ConnectFailed, ConnectionLost, TLSFailed
 from proxy.net.pacing import Pacer
 from proxy.net.relay import Relayed, RelayState, relay
 from proxy.net.socket_stream import Stream
@@ -198,7 +198,11 @@ class Runtime:
         identity, expected = self.identity, endpoint.identity
         if expected is None:
             self.check_clear_text(endpoint.address)
-        stream = await self.dialer.dial(endpoint.address, depth)
+        try:
+            stream = await self.dialer.dial(endpoint.address, depth)
+        except ConnectFailed:
+            self.directory.doubt()
+            raise
         if expected is None or self.is_direct(endpoint):
             return stream
         if identity is None:
@@ -234,6 +238,7 @@ class Runtime:
                 else "lost"
             )
             self.recorder.tls_failed("outbound", kind)
+            self.directory.doubt()
             followed.check()
             raise UpstreamTLSError(
                 f"mutual TLS with {endpoint.address} as {expected}: {error}", kind

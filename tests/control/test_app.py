@@ -17,6 +17,8 @@ from trio.abc import Clock
 from control.admin import Admin, AdminLimits
 from control.app import Control, ControlConfig
 from control.command import raise_descriptor_limit
+from control.config import Settings
+from control.discovery.discovery import DiscoveryRules
 from control.kube.client import Client
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS
@@ -33,9 +35,17 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "control-plane.md"
 class Replica:
     """A replica with a listener on loopback."""
 
-    def __init__(self, server: ApiServer, name: str, listeners: list[trio.SocketListener]) -> None:
+    def __init__(
+        self,
+        server: ApiServer,
+        name: str,
+        listeners: list[trio.SocketListener],
+        **discovery: float,
+    ) -> None:
+        settings = Settings(discovery=DiscoveryRules(**discovery))
         self.control = Control(
-            ControlConfig("test.local", "isthmus", name, None), Client(AT, dial=server.dial)
+            ControlConfig("test.local", "isthmus", name, None, settings=settings),
+            Client(AT, dial=server.dial),
         )
         self.listeners = listeners
         self.ended = trio.Event()
@@ -81,10 +91,29 @@ async def test_it_is_ready_when_all_is_known_and_live_before(
     assert await replica.ask("GET /live") == (200, "live\n")
     server.behaviour.forbidden.clear()
     assert await replica.until(200) == "ready\n"
-    # Readiness stays when the API server is away afterwards.
+    # A short outage of the API server does not matter.
     server.behaviour.down = True
     server.cut()
     assert await replica.ask() == (200, "ready\n")
+
+
+async def test_a_replica_that_is_cut_off_from_the_api_server_is_not_ready(
+    server: ApiServer, nursery: trio.Nursery
+) -> None:
+    store(server, *ONE)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    replica = Replica(server, "a", listeners, max_outage=0.2)
+    nursery.start_soon(replica.run)
+    assert await replica.until(200) == "ready\n"
+    server.behaviour.down = True
+    server.cut()
+    body = await replica.until(503)
+    for kind in ("nodes", "pods", "services", "endpointslices"):
+        assert f"{kind}: " in body
+    assert await replica.ask("GET /live") == (200, "live\n")
+    server.behaviour.down = False
+    assert await replica.until(200) == "ready\n"
+    await listeners[0].aclose()
 
 
 async def test_other_questions(replica: Replica) -> None:

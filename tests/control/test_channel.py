@@ -24,7 +24,6 @@ from proxy.directory import UNANSWERED
 from proxy.directory.channel.messages import (
     MOST_FROM_PROXY,
     Current,
-    Frames,
     FromControl,
     Goodbye,
     Hello,
@@ -34,7 +33,6 @@ from proxy.directory.channel.messages import (
     Update,
     Welcome,
     frame,
-    from_control,
 )
 from proxy.directory.channel.source import ControlSource
 from proxy.identity.issue import make_root
@@ -44,7 +42,7 @@ from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.expiry import EARLY
 from proxy.net.tls.handshake import TLSStream
 from tests.control.cluster import pod
-from tests.kit.channel import CONTROL, DOMAIN, WEB, Workshop, service, until
+from tests.kit.channel import CONTROL, DOMAIN, WEB, Workshop, messages, service, until
 
 VIP, OTHER, POD, STRANGER = "10.96.0.1", "10.96.0.2", "10.1.0.1", "192.0.2.1"
 HELLO = frame(Hello("node-1"))
@@ -61,25 +59,6 @@ async def workshop(tmp_path: Path) -> AsyncIterator[Workshop]:
 @pytest.fixture
 async def running(nursery: trio.Nursery) -> Callable[[ControlSource], None]:
     return lambda source: nursery.start_soon(source.run, lambda _: None)
-
-
-async def messages(stream: TLSStream, count: int | None = None) -> list[FromControl]:
-    """The next `count` messages except pings; None: all until the connection ends."""
-    frames = Frames(1 << 24)
-    found: list[FromControl] = []
-    with trio.fail_after(20):
-        while count is None or len(found) < count:
-            try:
-                data = await stream.receive_some()
-            except NetError:
-                data = b""
-            if not data:
-                assert count is None, found
-                return found
-            found += [
-                m for part in frames.feed(data) if not isinstance(m := from_control(part), Ping)
-            ]
-    return found
 
 
 def hosts(source: ControlSource, address: str) -> set[str] | None:

@@ -30,6 +30,7 @@ from tests.control.cluster import (
 from tests.control.conftest import AT
 from tests.control.random_objects import ITEMS
 from tests.control.records import KIND_OF, ONE, name_of, store
+from tests.kit.channel import until
 
 
 def remove(server: ApiServer, item: Json) -> None:
@@ -131,6 +132,35 @@ async def test_changes_are_reported_together_after_a_delay(
     await trio.sleep(1)
     assert len(stage.reports) - 1 in (2, 3)  # a second of events
     assert stage.when[1] - began == pytest.approx(0.5, abs=0.06)
+    stage.assert_true()
+
+
+async def test_while_a_watch_fails_nothing_is_claimed_not_to_exist(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
+    store(server, *ONE)
+    stage = Stage(server, DiscoveryRules(max_outage=10.0))
+    again: list[float] = []
+    stage.discovery.on_current = lambda: again.append(trio.current_time())
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    await trio.sleep(2)
+    assert stage.discovery.is_current()
+    server.behaviour.down = True
+    server.cut()
+    await trio.sleep(0.1)
+    assert not stage.discovery.is_current()
+    assert stage.discovery.outage() == ""
+    await trio.sleep(10)
+    assert "pods: " in stage.discovery.outage()
+    store(server, pod("late", "10.2.0.1"))
+    server.behaviour.down = False
+    await until(stage.discovery.is_current, "all watches work", 100)
+    assert stage.discovery.outage() == ""
+    assert "10.2.0.1" in stage.discovery.catalog.pods, "what was missed is known before"
+    await trio.sleep(1)
+    (when,) = again
+    assert when > 10
     stage.assert_true()
 
 

@@ -19,7 +19,14 @@ from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
 from proxy.config.schema_files import ControlPlaneConfig
 from proxy.directory.channel.connector import Connector, Dial
-from proxy.directory.channel.messages import ALPN, Hello
+from proxy.directory.channel.messages import (
+    ALPN,
+    Frames,
+    FromControl,
+    Hello,
+    Ping,
+    from_control,
+)
 from proxy.directory.channel.source import ControlSource
 from proxy.directory.former_identities import FormerIdentities
 from proxy.identity.identity import Identity, MaterialFiles, TLSSettings
@@ -27,6 +34,7 @@ from proxy.identity.issue import Issued, issue, make_root
 from proxy.net.accept import Acceptor, Connection, bind
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
+from proxy.net.exceptions import NetError
 from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client, tls_server
 
@@ -129,13 +137,18 @@ class Workshop:
 
     @asynccontextmanager
     async def control(
-        self, *roots: Issued, port: int = 0, catalog: Catalog | None = None, **limits: Any
+        self,
+        *roots: Issued,
+        port: int = 0,
+        host: str = LOOPBACK,
+        catalog: Catalog | None = None,
+        **limits: Any,
     ) -> AsyncIterator[tuple[Channel, int]]:
         """A replica; yields its port."""
         identity = self.identity(CONTROL, *roots, control=True)
         known = catalog if catalog is not None else self.catalog
         channel = Channel(known, identity, ChannelLimits(**limits), About("replica"))
-        listener = bind(Address(LOOPBACK, port))
+        listener = bind(Address(host, port))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.serve, [listener])  # noqa: ASYNC113  # the socket listens already
             yield channel, listener.getsockname()[1]
@@ -221,3 +234,22 @@ async def until(done: Callable[[], object], what: str, timeout: float = 20.0) ->
             await trio.sleep(0.01)
         return
     raise AssertionError(f"not within {timeout:g} s: {what}")
+
+
+async def messages(stream: TLSStream, count: int | None = None) -> list[FromControl]:
+    """The next `count` messages except pings; None: all until the connection ends."""
+    frames = Frames(1 << 24)
+    found: list[FromControl] = []
+    with trio.fail_after(20):
+        while count is None or len(found) < count:
+            try:
+                data = await stream.receive_some()
+            except NetError:
+                data = b""
+            if not data:
+                assert count is None, found
+                return found
+            found += [
+                m for part in frames.feed(data) if not isinstance(m := from_control(part), Ping)
+            ]
+    return found

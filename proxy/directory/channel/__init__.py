@@ -4,6 +4,7 @@
     views.py           the content of an entry, as both ends encode it
     subscriptions.py   what the proxy has asked for and knows: a state machine without I/O
     assembly.py        the known entries as a snapshot of the directory
+    pauses.py          when the proxy connects again
     source.py          the connection to the control plane, and the interface to the flows
 
 docs/directory-channel.md describes the protocol. The control plane's end is control/channel.

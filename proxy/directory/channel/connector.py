@@ -42,11 +42,14 @@ class Connector:
     dial: Dial
     expiries: Expiries
 
-    async def open(self, settings: ControlPlaneConfig, chance: random.Random) -> TLSStream:
-        """Connect to one of the addresses. The caller closes the stream with `close`. Raises
-        OSError, NetError, PeerRefused, ChannelError."""
+    async def open(
+        self, settings: ControlPlaneConfig, chance: random.Random, avoid: Address | None = None
+    ) -> TLSStream:
+        """Connect to one of the addresses, to `avoid` only if no other answers. The caller closes
+        the stream with `close`. Raises OSError, NetError, PeerRefused, ChannelError."""
         error: Exception = ChannelError("the name has no address")
-        addresses = (await _resolve(settings.address, chance))[:_TRIED]
+        found = await _resolve(settings.address, chance)
+        addresses = sorted(found, key=lambda address: address == avoid)[:_TRIED]
         for address in addresses:
             with trio.move_on_after(settings.connect_timeout / len(addresses)):
                 try:

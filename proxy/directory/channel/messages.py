@@ -99,6 +99,13 @@ class Refused(Message, frozen=True, tag=8):
     reason: str
 
 
+class Unavailable(Message, frozen=True, tag=10):
+    """The control plane does not have these entries, but cannot tell now whether they exist: it is
+    cut off from its own source. What the proxy knows stays. An Update follows when it is known."""
+
+    keys: _Keys
+
+
 class Goodbye(Message, frozen=True, tag=9):
     """The control plane closes the connection."""
 
@@ -106,7 +113,8 @@ class Goodbye(Message, frozen=True, tag=9):
 
 
 FromProxy = Hello | Subscribe | Unsubscribe | Ping
-FromControl = Welcome | Update | Current | Refused | Goodbye | Ping
+FromControl = Welcome | Update | Current | Refused | Unavailable | Goodbye | Ping
+
 
 _encoder = msgspec.msgpack.Encoder()
 _from_proxy: msgspec.msgpack.Decoder[FromProxy] = msgspec.msgpack.Decoder(FromProxy)

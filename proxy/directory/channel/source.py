@@ -32,11 +32,13 @@ from proxy.directory.channel.messages import (
     Goodbye,
     Hello,
     Ping,
+    Unavailable,
     Update,
     Welcome,
     frame,
     from_control,
 )
+from proxy.directory.channel.pauses import Pauses
 from proxy.directory.channel.subscriptions import (
     Entry,
     Subscriptions,
@@ -70,6 +72,8 @@ _HEARTBEATS = 0.05, 300.0
 # Seconds between two looks for unused entries.
 _SWEEP = 5.0
 _MOST_NETWORKS = 256
+# Seconds until an entry that the control plane has refused is asked for again.
+_RETRY = 30.0
 
 
 class ChannelEnded(Exception):
@@ -107,6 +111,9 @@ class ControlSource:
         self._assembly = Assembly()
         self._dropping = 0  # addresses with an identity in entries that are about to be dropped
         self._postponed: dict[str, Content | None] = {}
+        self._peer: Address | None = None  # of the last connection
+        self._avoid: Address | None = None  # for the next one
+        self._pauses = Pauses(settings, self.chance)
         self._full = False  # `former` has no room, and the log says so
         self._heartbeat = _HEARTBEATS[1]
         self._wake = trio.Event()  # the writer has something to send
@@ -159,12 +166,15 @@ class ControlSource:
             self.release(entry)
 
     async def _answer(self, key: str, *, inside: bool) -> None:
-        """Wait until the entry is known. Outside the cluster, only while there is a connection."""
+        """Wait until the entry is known. Outside the cluster, only while there is a connection to a
+        replica that can tell."""
         entry = self.subscriptions.entries.get(key)
         if entry is None:
             return
         with trio.move_on_after(self.settings.first_use_timeout):
-            while entry.state == "waiting" and (inside or self.subscriptions.connected):
+            while entry.state == "waiting" and (
+                inside or (self.subscriptions.connected and not entry.withheld)
+            ):
                 await self._answers.setdefault(key, trio.Event()).wait()
         if entry.state != "known":
             self.unanswered += 1
@@ -250,15 +260,10 @@ class ControlSource:
         self._report = report
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sweep)
-            pause = 0.0
             while True:
                 await self._connect_once()
-                low, high = self.settings.min_pause, self.settings.max_pause
-                # After a connection that worked, the next attempt comes soon.
-                pause = min(high, pause * 2 if pause else low)
-                if self.since is not None:
-                    self.since, pause = None, 0.0
-                wait = (pause or low) * (0.5 + self.chance.random() / 2)
+                wait = self._pauses.next(worked=self.since is not None)
+                self.since = None
                 _log.warning(
                     "no connection to the control plane at %s: %s; %d entries stay in use; next"
                     " attempt in %.1f s",
@@ -267,7 +272,12 @@ class ControlSource:
                     len(self.subscriptions.entries),
                     wait,
                 )
-                await trio.sleep(wait)
+                await self._pauses.wait(wait)
+
+    def doubt(self) -> None:
+        """See Source."""
+        if not self.subscriptions.connected:
+            self._pauses.hurry()
 
     async def _sweep(self) -> None:
         requested = self._assembly.requested
@@ -277,8 +287,12 @@ class ControlSource:
                 if name in requested.names:
                     self.release(self.use(service_key(name)))
             requested.used.clear()
-            self.subscriptions.expire(trio.current_time() - self.settings.unused)
+            now = trio.current_time()
+            self.subscriptions.expire(now - self.settings.unused)
+            self.subscriptions.retry(now, _RETRY)
             self._tidy()
+            if self.subscriptions.unsent:
+                self._wake.set()
             self._use({})
 
     async def probe(self, timeout: float) -> str:
@@ -305,8 +319,8 @@ class ControlSource:
         result = "unreachable"
         try:
             with trio.fail_after(self.settings.connect_timeout):
-                stream = await self._connector.open(self.settings, self.chance)
-                result = "protocol"
+                stream = await self._connector.open(self.settings, self.chance, self._avoid)
+                result, self._avoid = "protocol", None
                 await self._greet(stream)
             result = "ok"
             self.connects[result] += 1
@@ -331,7 +345,7 @@ class ControlSource:
         await stream.send_all(frame(self._hello))
         while not self.subscriptions.connected:
             await self._receive(stream)
-        self.since, self._reached = time.time(), True
+        self.since, self._reached, self._peer = time.time(), True, stream.peer
         _log.info(
             "connected to the control plane at %s, replica %s: %d entries",
             stream.peer,
@@ -396,8 +410,10 @@ class ControlSource:
     def _apply(self, message: FromControl, contents: dict[str, Content | None]) -> None:
         # Decoded first: a content that cannot be used must not count as known.
         view = decode(message.content) if isinstance(message, Update) else None
-        for key in self.subscriptions.received(message):
+        for key in self.subscriptions.received(message, trio.current_time()):
             self._answered(key)
+            if isinstance(message, Unavailable):
+                self._leave_replica()
             if isinstance(message, Update):
                 self.updates += 1
                 contents[key] = view
@@ -405,6 +421,13 @@ class ControlSource:
             self._welcome(message)
         elif isinstance(message, Goodbye):
             raise ChannelEnded(f"the control plane has closed the connection: {message.reason}")
+
+    def _leave_replica(self) -> None:
+        """The replica does not have current data. Another one may have. Raises ChannelEnded, but
+        not often: all may be cut off."""
+        if self._pauses.may_leave():
+            self._avoid = self._peer
+            raise ChannelEnded(f"replica {self.replica} is cut off from the API server")
 
     def _welcome(self, message: Welcome) -> None:
         low, high = _HEARTBEATS

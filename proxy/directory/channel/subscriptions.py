@@ -6,12 +6,14 @@ subscribes to all entries with the versions that it knows, and gets what has cha
 answer for an entry changes it: no error, and nothing that is missing, makes a known entry unknown.
 
 The number of entries that are followed is limited. If it is reached, the entry that has been unused
-longest is dropped. If all are in use, a new one is not followed (`refused`).
+longest is dropped. If all are in use, a new one is not followed (`refused`). A refused entry that
+is still in use is tried again (`retry`).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from proxy.directory.channel.messages import (
     Ping,
     Refused,
     Subscribe,
+    Unavailable,
     Unsubscribe,
     Update,
     Welcome,
@@ -49,7 +52,8 @@ def service_key(name: str) -> str:
 @dataclass(slots=True, eq=False)
 class Entry:
     """One entry. `waiting`: no answer yet. `known`: it has a content, which may be that the mesh
-    does not have it. `users`: open connections that use it; `unused`: since when there are none."""
+    does not have it. `users`: open connections that use it; `unused`: since when there are none.
+    `withheld`: the replica cannot tell now whether the entry exists."""
 
     key: str
     state: State = "waiting"
@@ -57,6 +61,8 @@ class Entry:
     users: int = 0
     unused: float = 0.0
     sent: bool = False  # the control plane has the subscription
+    withheld: bool = False
+    refused_at: float = -math.inf  # by the control plane
 
 
 class Subscriptions:
@@ -111,6 +117,23 @@ class Subscriptions:
                 return
             self._drop(entry)
 
+    def retry(self, now: float, after: float) -> None:
+        """Follow refused entries, as far as there is room now: those that were refused here, and
+        those that the control plane has refused at least `after` seconds ago."""
+        if not self.connected:
+            return
+        for entry in list(self.entries.values()):
+            if entry.sent or entry.key in self._add or entry.refused_at > now - after:
+                continue
+            if entry.state == "known":  # only a change was refused
+                self._follow(entry)
+                continue
+            full = len(self.entries) - self._refused >= self._limit
+            if full and not self._drop_unused(entry.key):
+                return
+            self._set(entry, "waiting")
+            self._follow(entry)
+
     def _drop_unused(self, key: str) -> bool:
         entry = next(iter(self._unused.values()), None)
         if entry is None or entry.key == key or not self._may_drop(entry.key):
@@ -144,16 +167,16 @@ class Subscriptions:
         self._add.clear()
         self._remove.clear()
         for entry in self.entries.values():
-            entry.sent = False
+            entry.sent = entry.withheld = False
 
     @property
     def unsent(self) -> bool:
         """Whether `take` has messages."""
         return bool(self._add or self._remove)
 
-    def received(self, message: Message) -> list[str]:
-        """Apply a message. Returns the entries that have an answer now: a new content, or a
-        refusal. Raises ChannelError."""
+    def received(self, message: Message, now: float = 0.0) -> list[str]:
+        """Apply a message. Returns the entries that have an answer now: a new content, a refusal,
+        or that the replica does not know. Raises ChannelError."""
         if isinstance(message, Welcome):
             self._welcome(message)
         elif not self.connected and not isinstance(message, Goodbye):
@@ -162,6 +185,7 @@ class Subscriptions:
             entry = self.entries.get(message.key)
             if entry is not None and entry.sent:
                 self._set(entry, "known")
+                entry.withheld = False
                 entry.version = message.version
                 return [message.key]
         elif isinstance(message, Current):
@@ -170,9 +194,15 @@ class Subscriptions:
             refused = self._sent(message.keys)
             for entry in refused:
                 entry.sent = False
+                entry.refused_at = now
                 if entry.state == "waiting":
                     self._set(entry, "refused")
             return [entry.key for entry in refused]
+        elif isinstance(message, Unavailable):
+            withheld = [entry for entry in self._sent(message.keys) if entry.state == "waiting"]
+            for entry in withheld:
+                entry.withheld = True
+            return [entry.key for entry in withheld]
         elif not isinstance(message, Goodbye | Ping):
             raise ChannelError(f"{type(message).__name__} from the control plane")
         return []

@@ -44,7 +44,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.catalog = Entries()
-        self.views = Views(self.catalog)
+        self.current = True  # discovery is not cut off
+        self.replace_views()
         self.proxy = Subscriptions(MOST)
         self.assembly = Assembly()
         self.known: dict[str, Content | None] = {}
@@ -52,6 +53,10 @@ class Machine(RuleBasedStateMachine):
         self.session: Session | None = None
         self.there, self.back = b"", b""
         self.now = 0.0
+
+    def replace_views(self) -> None:
+        self.views = Views(self.catalog)
+        self.views.is_current = lambda: self.current
 
     @initialize()
     def begin(self) -> None:
@@ -112,6 +117,18 @@ class Machine(RuleBasedStateMachine):
         self.proxy.expire(self.now - 1)
         self.tidy()
 
+    @rule()
+    def retry(self) -> None:
+        self.proxy.retry(self.now, 0.0)
+        self.tidy()
+
+    @rule(current=st.booleans())
+    def cut_off(self, current: bool) -> None:
+        """Discovery loses the API server, or has it again."""
+        was, self.current = self.current, current
+        if current and not was:
+            self.views.answer_withheld()
+
     def tidy(self) -> None:
         self.assembly.drop(self.proxy.dropped)
         for key in self.proxy.dropped:
@@ -124,7 +141,7 @@ class Machine(RuleBasedStateMachine):
     def restart(self, most: int) -> None:
         """The connection breaks with data in flight, and another replica answers."""
         self.disconnect()
-        self.views = Views(self.catalog)
+        self.replace_views()
         self.connect(most)
 
     @rule()
@@ -172,8 +189,9 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """Everything arrives, and both ends agree."""
+        self.cut_off(current=True)
         if self.session is None:
-            self.views = Views(self.catalog)
+            self.replace_views()
             self.connect()
         for _ in range(8):
             self.to_control(1 << 20)
@@ -197,6 +215,7 @@ class Machine(RuleBasedStateMachine):
     def topics_are_those_that_somebody_follows(self) -> None:
         followed = set(self.session._followed) if self.session is not None else set()
         assert set(self.views.topics) == followed
+        assert {topic.key for topic in self.views._withheld} <= followed
         assert {t.key for topics in self.views._of.values() for t in topics} <= followed
 
     def teardown(self) -> None:
@@ -265,6 +284,10 @@ def play(machine: Machine, chance: random.Random) -> None:
             machine.end(machine.held[chance.randrange(len(machine.held))])
         case "expire":
             machine.expire()
+        case "retry":
+            machine.retry()
+        case "cut":
+            machine.cut_off(chance.random() < 0.5)
         case "restart" if chance.random() < 0.3:
             machine.restart(chance.choice((2, MOST, 9)))
         case "there":
@@ -280,6 +303,7 @@ def play(machine: Machine, chance: random.Random) -> None:
 
 STEPS = (
     "service", "remove", "pod", "use", "release", "expire", "restart", "there", "back", "settle",
+    "retry", "cut",
 )  # fmt: skip
 
 
