@@ -282,6 +282,7 @@ def service_view(entry: ServiceEntry, place: Place) -> ServiceView:
         tuple(identities),
         tuple(skipped),
         endpoints,
+        entry.exported,
     )
 
 

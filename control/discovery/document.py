@@ -53,6 +53,7 @@ def _service(entry: ServiceEntry, place: Place, without: AbstractSet[str]) -> di
         "addresses": list(entry.addresses),
         "ports": ports,
         "endpoints": endpoints,
+        "export": entry.exported,
     }
 
 

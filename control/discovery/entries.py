@@ -46,7 +46,8 @@ class PortEntry(Entry, frozen=True):
 
 class ServiceEntry(Entry, frozen=True):
     """A service. Names and addresses are reused: it is the same service only while `uid` is the
-    same. `local`: clients may use only endpoints on their own node.
+    same. `local`: clients may use only endpoints on their own node. `exported`: clients of other
+    clusters may use it.
     """
 
     key: Key
@@ -55,6 +56,7 @@ class ServiceEntry(Entry, frozen=True):
     ports: tuple[PortEntry, ...]
     endpoints: tuple[EndpointEntry, ...]
     local: bool = False
+    exported: bool = False
 
 
 class PodEntry(Entry, frozen=True):

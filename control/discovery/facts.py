@@ -52,7 +52,7 @@ class PortFact(Fact, frozen=True):
 class ServiceFact(Fact, frozen=True):
     """A service. `local`: clients may use only endpoints on their own node. `identity`: the
     identity of endpoints that are not pods. `careful`: the annotation for it is set but cannot be
-    read.
+    read. `exported`: clients of other clusters may use it.
     """
 
     uid: str
@@ -63,6 +63,7 @@ class ServiceFact(Fact, frozen=True):
     identity: SpiffeId | None = None
     careful: bool = False
     problems: tuple[str, ...] = ()
+    exported: bool = False
 
 
 # The pod that an endpoint names: namespace, name and uid ("": not given).
@@ -173,6 +174,7 @@ def service_fact(service: Service) -> ServiceFact | None:
         identity,
         careful,
         tuple(problems),
+        marks.is_exported(meta.labels or {}),
     )
 
 

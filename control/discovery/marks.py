@@ -21,6 +21,7 @@ ADMIN = "isthmus.dev/admin-port"  # annotation: "4191"
 
 # Of services.
 OPAQUE_PORTS = "isthmus.dev/opaque-ports"  # annotation: ports and ranges that clients connect to
+EXPORTED = "isthmus.dev/exported"  # label: "true": clients of other clusters may use it
 # annotation: the SPIFFE ID of endpoints that are not pods of this cluster
 ENDPOINT_IDENTITY = "isthmus.dev/endpoint-identity"
 
@@ -54,6 +55,12 @@ class MarkError(ValueError):
 def is_meshed(labels: Mapping[str, str]) -> bool:
     """Whether a pod has a sidecar."""
     return labels.get(MESHED, "false") != "false"
+
+
+def is_exported(labels: Mapping[str, str]) -> bool:
+    """Whether the gateway of this cluster serves a service. Any other value than "true" means
+    no."""
+    return labels.get(EXPORTED) == "true"
 
 
 def hint(app_protocol: str | None) -> Hint:

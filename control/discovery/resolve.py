@@ -65,7 +65,8 @@ def resolve(
     )
     listed = tuple(PortEntry(port.port, port.target, port.protocol) for port in service.ports)
     shown = tuple(dict.fromkeys(problems))[:_MOST_PROBLEMS]
-    return ServiceEntry(key, service.uid, addresses, listed, endpoints, service.local), shown
+    local, exported = service.local, service.exported
+    return ServiceEntry(key, service.uid, addresses, listed, endpoints, local, exported), shown
 
 
 def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:

@@ -184,10 +184,6 @@ def _directory(config: Config, mistakes: Mistakes) -> None:
         mistakes.add(
             "directory.control", "needs an `identity` section: the connection uses mutual TLS"
         )
-    if config.gateway.enabled:
-        mistakes.add(
-            "directory.control", "a gateway needs `directory.file`, with its exported services"
-        )
 
 
 def _gateway(config: Config, mistakes: Mistakes) -> None:

@@ -274,11 +274,7 @@ class Directory:
         are any. Returns the same object for the same service, port and family. UNANSWERED: the
         meaning of the name is not known."""
         parts = split_authority(authority)
-        if (
-            parts is not None
-            and self.requested is not None
-            and not self.requested.answered(self._names.local(parts[0], namespace))
-        ):
+        if parts is not None and self._unanswered(parts[0], namespace):
             return UNANSWERED
         service = self._names.find(parts[0], namespace) if parts is not None else None
         target = (
@@ -294,11 +290,17 @@ class Directory:
             made = self._by_family[key] = of_family(target, dialled)
         return made
 
+    def _unanswered(self, host: str, namespace: str) -> bool:
+        requested = self.requested
+        return requested is not None and not requested.answered(self._names.local(host, namespace))
+
     def exported(self, authority: bytes) -> Target | None:
         """The target that this cluster's gateway serves under this name: a port of an exported
         service of this cluster. The name must include the namespace, because the client has no
-        namespace here."""
+        namespace here. UNANSWERED: the meaning of the name is not known."""
         parts = split_authority(authority)
+        if parts is not None and self._unanswered(parts[0], ""):
+            return UNANSWERED
         service = self._names.find(parts[0], "") if parts is not None else None
         if parts is None or service is None or service.cluster or not service.exported:
             return None

@@ -15,8 +15,8 @@ gateway inspects the bytes of a tunnel to such an application."""
 
 from __future__ import annotations
 
-from proxy.directory import Endpoint, Hint, Target
-from proxy.errors import NotAuthorised, NotExported, RequestError
+from proxy.directory import UNANSWERED, Endpoint, Hint, Target
+from proxy.errors import DirectoryUnavailable, NotAuthorised, NotExported, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
 from proxy.exchange.upgrade import carry
@@ -52,6 +52,8 @@ class GatewayPlanner:
         if request.target == LIVE and request.method == b"GET":
             await answer_probe(rt, exchange)
             return
+        if rt.directory.asks and request.authority:
+            await rt.directory.learn_name(request.authority, "")
         self._choose(exchange)
         if request.method == b"CONNECT" and request.protocol is None:
             await rt.dispatcher.exchange(exchange, self._choose, self._tunnel)
@@ -63,6 +65,10 @@ class GatewayPlanner:
     def _choose(self, exchange: Exchange) -> Target:
         name = exchange.request.authority or b""
         target = self._rt.directory.current.exported(name)
+        if target is UNANSWERED:
+            raise DirectoryUnavailable(
+                "the directory is unavailable: the control plane has not answered"
+            )
         if target is None:
             raise NotExported(
                 f"{name[:253].decode('latin-1')!r} is not exported by this cluster"

@@ -265,10 +265,6 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         (IDENTITY + f"directory: {{file: f, control: {{{CONTROL}}}}}", "directory"),
         (f"directory: {{control: {{{CONTROL}}}}}", "directory.control"),
         (
-            IDENTITY + f"directory: {{control: {{{CONTROL}}}}}\ngateway: {{enabled: true}}",
-            "directory.control",
-        ),
-        (
             IDENTITY + "directory: {control: {address: control, identity: " + CONTROL_ID + "}}",
             "directory.control.address",
         ),

@@ -210,3 +210,10 @@ def test_contents_of_pods_are_shared_by_all_namespaces() -> None:
     views = Views(cluster.catalog)
     assert seen(views, NEW, "shop") == seen(views, NEW, OTHER)
     assert views.computed == 1
+
+
+def test_only_the_exact_label_exports_a_service() -> None:
+    for value, exported in (("true", True), ("True", False), ("", False), ("yes", False)):
+        made = Cluster().put(service(metadata={"labels": {"isthmus.dev/exported": value}}))
+        assert made.entry().exported is exported
+    assert not Cluster().put(service()).entry().exported

@@ -51,7 +51,8 @@ class EndpointView(View, frozen=True):
 
 
 class ServiceView(View, frozen=True, tag="service"):
-    """A service, found by a cluster address or by its name."""
+    """A service, found by a cluster address or by its name. `exported`: the gateway of this cluster
+    serves it."""
 
     namespace: str
     name: str
@@ -60,6 +61,7 @@ class ServiceView(View, frozen=True, tag="service"):
     identities: tuple[str, ...]
     skip_ports: tuple[tuple[PortNumber, ...], ...]
     endpoints: tuple[EndpointView, ...]
+    exported: bool = False
 
 
 class PodPort(View, frozen=True):
@@ -131,7 +133,9 @@ def service_of(view: ServiceView) -> Service:
     ports = tuple(Port(port.port, port.target, port.protocol) for port in view.ports)
     qualified = f"{view.namespace}/{view.name}"
     targets = {port.port: _target(qualified, port, pods) for port in ports}
-    return Service(view.name, view.namespace, view.addresses, ports, targets)
+    return Service(
+        view.name, view.namespace, view.addresses, ports, targets, exported=view.exported
+    )
 
 
 def _pod(endpoint: EndpointView, identities: tuple[str, ...], skipped: list[frozenset[int]]) -> Pod:
