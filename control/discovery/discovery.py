@@ -53,7 +53,7 @@ class DiscoveryRules(Section, frozen=True):
         seconds(
             0, 3600, "how long lists and watches may fail until the replica reports: not ready"
         ),
-    ] = 10.0
+    ] = 60.0
 
 
 @dataclass(frozen=True, slots=True)
