@@ -441,11 +441,14 @@ def _identity(trust_domain: str, namespace: str, account: str) -> SpiffeId | Non
 _NOWHERE: frozenset[str] = frozenset()
 
 
-@functools.lru_cache(maxsize=65536)
 def _subnet(address: str) -> str:
     """The network in which pods have addresses, if one of them has this one."""
-    size = 64 if ":" in address else 24
-    return str(ipaddress.ip_network(f"{address}/{size}", strict=False))
+    return _subnet6(address) if ":" in address else address.rpartition(".")[0]
+
+
+@functools.lru_cache(maxsize=65536)
+def _subnet6(address: str) -> str:
+    return str(ipaddress.ip_network(f"{address}/64", strict=False))
 
 
 V = TypeVar("V")
