@@ -45,7 +45,7 @@ def _built(version: str, *, tools: bool, beside: Path | None = None) -> Path:
         _go(modules, "./kube", final / "kube", _stamp(modules))
         if tools:
             _go(modules, "./pause", final / "pause")
-            _go(modules, "github.com/coredns/coredns", final / "coredns")
+            _go(modules, "./coredns", final / "coredns")
             _go(modules, "sigs.k8s.io/cri-tools/cmd/crictl", final / "crictl")
             helm = (
                 f"-X helm.sh/helm/v4/internal/version.version={modules.required('helm.sh/helm/v4')}"
