@@ -7,7 +7,7 @@
 What is built:
 
     programs.py     Kubernetes, etcd, CoreDNS, crictl and helm, from source by the Go module proxy
-                    (go/: the lists of modules)
+                    (go/: the lists of modules, and the main packages that are ours)
     dockerfile.py   the steps of a Dockerfile
     base.py layers.py images.py archive.py imagestore.py catalogue.py     images by these steps
 

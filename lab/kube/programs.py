@@ -24,7 +24,15 @@ KUBE = (
     "kubectl",
     "etcd",
 )
-_TAGS = "netgo,osusergo,providerless,selinux_off"
+# The packages of the programs that every version shares. A program has the last name of its path.
+_TOOLS = ("./pause", "./coredns", "sigs.k8s.io/cri-tools/cmd/crictl", "helm.sh/helm/v4/cmd/helm")
+# Without debugging information: -w alone only keeps the linker from writing it.
+_FLAGS = (
+    "-trimpath",
+    "-buildvcs=false",
+    "-tags=netgo,osusergo,providerless,selinux_off",
+    "-gcflags=all=-dwarf=false",
+)
 _VERSION = "k8s.io/component-base/version"
 
 
@@ -38,19 +46,11 @@ def programs(version: str) -> Path:
 def _built(version: str, *, tools: bool, beside: Path | None = None) -> Path:
     modules = Modules(version)
     home = cache() / version
-    final = home / modules.key(_TAGS)
+    final = home / modules.key(" ".join(_FLAGS))
     if not (final / ".ready").exists():
         final.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        _go(modules, "./kube", final / "kube", _stamp(modules))
-        if tools:
-            _go(modules, "./pause", final / "pause")
-            _go(modules, "./coredns", final / "coredns")
-            _go(modules, "sigs.k8s.io/cri-tools/cmd/crictl", final / "crictl")
-            helm = (
-                f"-X helm.sh/helm/v4/internal/version.version={modules.required('helm.sh/helm/v4')}"
-            )
-            _go(modules, "helm.sh/helm/v4/cmd/helm", final / "helm", helm)
+        _go(modules, final, tools=tools)
         for name in KUBE:
             _link(final / name, Path("kube"))
         (final / ".ready").touch()
@@ -58,48 +58,46 @@ def _built(version: str, *, tools: bool, beside: Path | None = None) -> Path:
             f"Kubernetes {version} is built ({time.monotonic() - began:.0f} s): {final}", flush=True
         )
     if beside is not None:
-        for name in ("pause", "coredns", "crictl", "helm"):
-            _link(final / name, beside / name)
+        for tool in map(Path, _TOOLS):
+            _link(final / tool.name, beside / tool.name)
     os.utime(final)
     prune(home)
     return final
 
 
-def _stamp(modules: Modules) -> str:
-    """What `kubectl version` and the API say."""
+def _stamp(modules: Modules, *, tools: bool) -> str:
+    """What `kubectl version`, the API and `helm version` say, as flags of the linker."""
     version = modules.required("k8s.io/kubernetes")
     major, minor, _ = version.removeprefix("v").split(".", 2)
     values = {
-        "gitVersion": version,
-        "gitMajor": major,
-        "gitMinor": minor,
-        "gitTreeState": "clean",
-        "buildDate": "1970-01-01T00:00:00Z",
+        f"{_VERSION}.gitVersion": version,
+        f"{_VERSION}.gitMajor": major,
+        f"{_VERSION}.gitMinor": minor,
+        f"{_VERSION}.gitTreeState": "clean",
+        f"{_VERSION}.buildDate": "1970-01-01T00:00:00Z",
     }
-    return " ".join(f"-X {_VERSION}.{name}={value}" for name, value in values.items())
+    if tools:
+        values["helm.sh/helm/v4/internal/version.version"] = modules.required("helm.sh/helm/v4")
+    return " ".join(f"-X {name}={value}" for name, value in values.items())
 
 
-def _go(modules: Modules, package: str, target: Path, linker: str = "") -> None:
+def _go(modules: Modules, directory: Path, *, tools: bool) -> None:
+    """Build the programs into a directory by one command, so that one is compiled while another is
+    linked."""
     if shutil.which("go") is None:
         raise LabError(
             "go is needed, 1.21 or newer (it fetches the version that go.mod asks for by itself)"
         )
-    print(f"  go build {package}", flush=True)
-    flags = [
-        "-trimpath",
-        "-buildvcs=false",
-        f"-modfile={modules.file}",
-        "-tags",
-        _TAGS,
-        "-ldflags",
-        f"-s -w {linker}",
-    ]
-    command = ["go", "build", *flags, "-o", str(target), package]
+    packages = ["./kube", *(_TOOLS if tools else ())]
+    print(f"  go build {' '.join(packages)}", flush=True)
+    stamp = _stamp(modules, tools=tools)
+    places = [f"-modfile={modules.file}", "-o", f"{directory}/"]
+    command = ["go", "build", *_FLAGS, "-ldflags", f"-s -w {stamp}", *places, *packages]
     done = subprocess.run(
         command, cwd=modules.file.parent, env={**os.environ, "CGO_ENABLED": "0"}, check=False
     )
     if done.returncode != 0:
-        raise LabError(f"go build {package} failed with {done.returncode}")
+        raise LabError(f"go build failed with {done.returncode}")
 
 
 def _link(link: Path, target: Path) -> None:
