@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import trio
@@ -14,21 +15,21 @@ from lab import sandbox
 from lab.kube import cluster, guard
 from lab.kube.catalogue import images
 from lab.kube.dockerfile import DockerfileError
-from lab.kube.places import CHECKOUT, ENV_VERSION, VERSIONS, chosen
+from lab.kube.places import CHECKOUT, ENV_VERSION, chosen
 from lab.kube.programs import programs
 from lab.process import LabError
 
 
 def build() -> dict[str, str]:
-    """Build what has changed; the environment by which a run finds it."""
+    """Build what has changed; the environment by which a run finds it. The images are built while
+    the programs are: steps of images mostly use one core, and wait for the network."""
     version, began = chosen(), time.monotonic()
-    found = programs(version)
-    built = time.monotonic()
-    store = images(programs(VERSIONS[0]))
+    with ThreadPoolExecutor(1) as other:
+        building = other.submit(programs, version)
+        store = images(building.result)
+        found = building.result()
     print(
-        f"isthmus lab: programs are ready ({built - began:.0f} s), images are ready"
-        f" ({time.monotonic() - built:.0f} s)",
-        flush=True,
+        f"isthmus lab: programs and images are ready ({time.monotonic() - began:.0f} s)", flush=True
     )
     path = f"{found}:{os.environ['PATH']}"
     return {
