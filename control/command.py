@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from control.app import ChannelConfig, Control, ControlConfig
+from control.app import ChannelConfig, Control, ControlConfig, IssuingConfig
 from control.config import load
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
@@ -82,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help='address of /live, /ready and /metrics (default: [::]:4191; "": no listener)',
     )
     _add_channel(parser)
+    _add_issuing(parser)
     parser.add_argument(
         "--log-level",
         default="info",
@@ -94,7 +95,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_channel(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "directory for proxies",
-        "Proxies connect with mutual TLS. Without --certificate there is no listener for them.",
+        "Proxies connect with mutual TLS. Without --certificate or --issuer there is no listener"
+        " for them.",
     )
     group.add_argument(
         "--listen",
@@ -127,6 +129,34 @@ def _add_channel(parser: argparse.ArgumentParser) -> None:
         default="cluster.local",
         metavar="NAME",
         help="DNS domain of the cluster (default: cluster.local)",
+    )
+
+
+def _add_issuing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "certificates for proxies",
+        "Proxies get a certificate for the token of their service account. The control plane makes"
+        " its own certificate too, if --certificate does not name one.",
+    )
+    group.add_argument(
+        "--issuer",
+        type=Path,
+        metavar="DIRECTORY",
+        help="a mounted Secret with the issuer's certificate and key: tls.crt and tls.key"
+        " (default: no certificates are issued)",
+    )
+    group.add_argument(
+        "--issuing-listen",
+        default="[::]:4192",
+        metavar="ADDRESS",
+        help="address for requests for certificates (default: [::]:4192)",
+    )
+    group.add_argument(
+        "--service-account",
+        default=os.environ.get("SERVICE_ACCOUNT", "isthmus-control"),
+        metavar="NAME",
+        help="the service account of this control plane, for its own certificate (default:"
+        " $SERVICE_ACCOUNT, or isthmus-control)",
     )
 
 
@@ -166,7 +196,8 @@ def run(args: argparse.Namespace) -> int:
             args.namespace,
             args.name,
             _address(args.admin),
-            _channel(args) if args.certificate is not None else None,
+            _channel(args) if args.certificate is not None or args.issuer is not None else None,
+            _issuing(args) if args.issuer is not None else None,
             settings,
         )
         trio.run(_main, config, access)
@@ -196,26 +227,40 @@ async def _main(config: ControlConfig, access: Access) -> None:
     raise_descriptor_limit()
     control = Control(config, Client(access, config.settings.api))
     proxies = _bind(config.channel.listen) if config.channel is not None else []
+    issuing = _bind(config.issuing.listen) if config.issuing is not None else []
     listeners = []
     if config.admin is not None:
         host, port = config.admin
         # host None: all addresses of both families.
         listeners = await trio.open_tcp_listeners(port, host=host if host != "::" else None)
-    await control.run(listeners, proxies)
+    await control.run(listeners, proxies, issuing)
 
 
 def _channel(args: argparse.Namespace) -> ChannelConfig:
     """Raises ValueError."""
     listen = _address(args.listen)
-    if listen is None or args.key is None or not args.roots:
-        raise ValueError("--certificate needs --key, --roots and --listen")
+    files = None
+    if args.certificate is not None:
+        if args.key is None:
+            raise ValueError("--certificate needs --key")
+        files = MaterialFiles(args.certificate, args.key, tuple(args.roots))
+    if listen is None or not args.roots:
+        raise ValueError("--certificate and --issuer need --roots and --listen")
     networks = tuple(str(ipaddress.ip_network(network)) for network in args.cluster_networks)
     return ChannelConfig(
-        MaterialFiles(args.certificate, args.key, tuple(args.roots)),
+        files,
         listen,
         networks,
         args.cluster_domain,
     )
+
+
+def _issuing(args: argparse.Namespace) -> IssuingConfig:
+    """Raises ValueError."""
+    listen = _address(args.issuing_listen)
+    if listen is None:
+        raise ValueError("--issuer needs --issuing-listen")
+    return IssuingConfig(args.issuer, tuple(args.roots), args.service_account, listen)
 
 
 def _bind(listen: tuple[str, int]) -> list[socket.socket]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from control.admin import AdminLimits
 from control.channel.server import ChannelLimits
 from control.discovery.discovery import DiscoveryRules
+from control.identity.authority import IssuingLimits
 from control.kube.backoff import BackoffRules
 from control.kube.client import ClientLimits
 from control.kube.leases import LeaseRules
@@ -35,6 +36,7 @@ class Settings(Section, frozen=True):
     lease: LeaseRules = LeaseRules()
     events: RecorderRules = RecorderRules()
     channel: ChannelLimits = ChannelLimits()
+    issuing: IssuingLimits = IssuingLimits()
     admin: AdminLimits = AdminLimits()
 
 

@@ -8,6 +8,8 @@ import trio
 
 from control.channel.server import Channel
 from control.discovery.discovery import Discovery
+from control.identity.authority import Authority
+from control.identity.service import IssuingService
 from control.kube.client import Client
 from control.kube.leases import Election
 from control.kube.recorder import Recorder
@@ -23,6 +25,7 @@ class Parts:
     recorder: Recorder
     client: Client
     channel: Channel | None = None
+    issuing: IssuingService | None = None
 
 
 class Metrics:
@@ -53,6 +56,19 @@ class Metrics:
         self._ended = counter(
             "proxies_ended_total", "Connections of proxies that have ended", "reason"
         )
+        self._issued = counter("certificates_issued_total", "Certificates that were issued")
+        self._refused = counter(
+            "certificates_refused_total",
+            "Requests for certificates that were refused, and connections that failed",
+            "reason",
+        )
+        self._issuer_expiry = gauge(
+            "issuer_expiry_timestamp_seconds",
+            "When the issuer's certificate expires (Unix time); 0: there is no usable issuer",
+        )
+        self._issuer_failures = counter(
+            "issuer_refused_total", "Changed issuers or trust roots that were not usable"
+        )
         self._services = gauge("services", "Services in the directory")
         self._meshed = gauge("meshed_addresses", "Addresses of pods that have a sidecar")
         self._unknown = gauge(
@@ -76,6 +92,8 @@ class Metrics:
         self._observe_reflectors()
         if self._parts.channel is not None:
             self._observe_channel(self._parts.channel)
+        if self._parts.issuing is not None:
+            self._observe_issuing(self._parts.issuing.authority)
         parts, catalog = self._parts, self._parts.discovery.catalog
         self._services.at().set(len(catalog.services))
         self._meshed.at().set(len(catalog.pods))
@@ -84,8 +102,11 @@ class Metrics:
         self._leading.at().set(parts.election.leading)
         self._requests.at().set(parts.client.requests)
         self._refusals.at().set(parts.client.refusals)
-        self._written.at().set(parts.recorder.written)
-        self._dropped.at().set(parts.recorder.dropped)
+        recorders = [parts.recorder]
+        if parts.issuing is not None:
+            recorders.append(parts.issuing.authority.recorder)
+        self._written.at().set(sum(recorder.written for recorder in recorders))
+        self._dropped.at().set(sum(recorder.dropped for recorder in recorders))
         return self._families.render()
 
     def _observe_channel(self, channel: Channel) -> None:
@@ -97,6 +118,15 @@ class Metrics:
         self._contents.at().set(channel.views.computed)
         for reason, count in channel.counts.ended.items():
             self._ended.at(reason).set(count)
+
+    def _observe_issuing(self, authority: Authority) -> None:
+        issuer = authority.issuer
+        self._issued.at().set(authority.counts.issued)
+        for reason, count in authority.counts.refused.items():
+            self._refused.at(reason).set(count)
+        found = issuer.certificate
+        self._issuer_expiry.at().set(found.not_valid_after_utc.timestamp() if found else 0.0)
+        self._issuer_failures.at().set(issuer.failures)
 
     def _observe_reflectors(self) -> None:
         now = trio.current_time()

@@ -145,7 +145,7 @@ class App:
         self.recorder = Recorder(
             metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget
         )
-        self.own = OwnIdentity(config, metrics)
+        self.own = OwnIdentity(config, metrics, self._dial)
         self.source = load_directory(config, self.own, self._dial)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
@@ -288,15 +288,19 @@ class App:
         if self.own.known.is_set():
             return True
         _log.info("waiting for the first certificate")
-        async with trio.open_nursery() as nursery:
+        try:
+            async with trio.open_nursery() as nursery:
 
-            async def until_stop() -> None:
-                await stop()
+                async def until_stop() -> None:
+                    await stop()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(until_stop)
+                await self.own.known.wait()
                 nursery.cancel_scope.cancel()
-
-            nursery.start_soon(until_stop)
-            await self.own.known.wait()
-            nursery.cancel_scope.cancel()
+        finally:
+            if not self.own.known.is_set():
+                self.listeners.close()
         return self.own.known.is_set()
 
     async def _serve_until(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from proxy.commands.check_enrollment import check_enrollment
 from proxy.commands.check_names import check_names
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
@@ -30,7 +31,8 @@ DESCRIPTION = """\
 Check that this pod is set up correctly, and say what is wrong and how to fix it:
 
   configuration   the file and the environment are valid
-  certificates    certificate, key and trust roots fit together and are valid
+  certificates    certificate, key and trust roots fit together and are valid; with
+                  `identity.source: control`, the control plane issues a certificate
   proxy           if a proxy already runs here: it is ready
   clock           this machine's time is plausible
   directory       the directory file is valid, or the control plane answers
@@ -140,7 +142,11 @@ async def examine(args: argparse.Namespace) -> list[Result]:
                 "without a valid configuration nothing more can be checked",
             ),
         ]
-    found, identity = check_certificates(config)
+    section = config.identity
+    if section is not None and section.control is not None:
+        found, identity = await check_enrollment(config, section, section.control, args.timeout)
+    else:
+        found, identity = check_certificates(config)
     results += found
     wanted = frozenset(args.only or CHECKS)
     reported = None
@@ -157,7 +163,7 @@ async def examine(args: argparse.Namespace) -> list[Result]:
         results += await check_names(config, args.timeout)
     if "peers" in wanted and directory is not None:
         results += await check_peers(config, identity, directory, args.max_peers, args.timeout)
-    certificate = config.identity.certificate if config.identity is not None else None
+    certificate = section.certificate if section is not None else None
     # Last, so that the clock is observed over the time of all other checks.
     results += check_clock(certificate, started, reported)
     selected = [result for result in results if result.name in wanted]

@@ -126,15 +126,18 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
             Result(name, "warning", what, "set trust_domain to that of the certificates")
         )
     now = credentials.utc_now()
-    results.append(_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now))
+    results.append(
+        check_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now)
+    )
     results += [
-        _lifetime(name, f"trust root {credentials.name_of(root)}", root, now)
+        check_lifetime(name, f"trust root {credentials.name_of(root)}", root, now)
         for root in identity.roots
     ]
     return results, identity
 
 
-def _lifetime(name: str, what: str, certificate: x509.Certificate, now: datetime) -> Result:
+def check_lifetime(name: str, what: str, certificate: x509.Certificate, now: datetime) -> Result:
+    """How long a certificate is valid; `what` names it."""
     words = f"{what} {expiry_in_words(certificate, now)}"
     if life_left(certificate, now) > WARN_AT[0]:
         return Result(name, "ok", words)

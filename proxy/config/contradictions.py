@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from proxy.config.schema import Config
-from proxy.config.schema_files import IdentityConfig
+from proxy.config.schema_files import ControlPlaneConfig, EnrollmentConfig, IdentityConfig
 from proxy.config.schema_tracing import TracingConfig
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
@@ -46,7 +46,7 @@ def check(config: Config, mistakes: Mistakes) -> None:
                 "lists identities, but there is no `identity` section, so no peer can present one",
             )
     else:
-        _identity(config.identity, mistakes)
+        _identity(config.identity, config.trust_domain, mistakes)
     if both := set(inbound.http_ports) & set(inbound.opaque_ports):
         mistakes.add(
             "inbound.http_ports",
@@ -77,7 +77,7 @@ def check(config: Config, mistakes: Mistakes) -> None:
         )
 
 
-def _identity(section: IdentityConfig, mistakes: Mistakes) -> None:
+def _identity(section: IdentityConfig, trust_domain: str, mistakes: Mistakes) -> None:
     from_files = section.source == "files"
     for name, value in (("certificate", section.certificate), ("key", section.key)):
         if from_files and value is None:
@@ -88,6 +88,32 @@ def _identity(section: IdentityConfig, mistakes: Mistakes) -> None:
             )
     if section.source != "spiffe" and not section.roots:
         mistakes.add("identity.roots", "lists no file: no peer would be trusted")
+    control = section.control
+    if (control is not None) != (section.source == "control"):
+        mistakes.add("identity.control", "belongs to `identity.source: control`")
+    if control is not None:
+        _peer("identity.control", control, trust_domain, mistakes)
+        for name in ("max_first_pause", "max_pause"):
+            if getattr(control, name) < control.min_pause:
+                mistakes.add(f"identity.control.{name}", "is below identity.control.min_pause")
+
+
+def _peer(
+    path: str,
+    control: ControlPlaneConfig | EnrollmentConfig,
+    trust_domain: str,
+    mistakes: Mistakes,
+) -> None:
+    """Check where the control plane is, and its name."""
+    if not _AGENT.fullmatch(control.address):
+        mistakes.add(f"{path}.address", f"expected host:port, found {control.address!r}")
+    try:
+        expected = SpiffeId.parse(control.identity)
+    except SpiffeIdError as error:
+        mistakes.add(f"{path}.identity", str(error))
+    else:
+        if expected.trust_domain != trust_domain:
+            mistakes.add(f"{path}.identity", f"is not of the trust domain {trust_domain}")
 
 
 def _workers(config: Config, mistakes: Mistakes) -> None:
@@ -166,18 +192,7 @@ def _directory(config: Config, mistakes: Mistakes) -> None:
     control = section.control
     if control is None:
         return
-    if not _AGENT.fullmatch(control.address):
-        mistakes.add("directory.control.address", f"expected host:port, found {control.address!r}")
-    try:
-        expected = SpiffeId.parse(control.identity)
-    except SpiffeIdError as error:
-        mistakes.add("directory.control.identity", str(error))
-    else:
-        if expected.trust_domain != config.trust_domain:
-            mistakes.add(
-                "directory.control.identity",
-                f"is not of the trust domain {config.trust_domain}",
-            )
+    _peer("directory.control", control, config.trust_domain, mistakes)
     if control.max_pause < control.min_pause:
         mistakes.add("directory.control.max_pause", "is below directory.control.min_pause")
     if config.identity is None:

@@ -1,5 +1,5 @@
 """The settings of what a running proxy reads again when it changes: its identity and the directory,
-from a file or the control plane."""
+each from files or the control plane."""
 
 from __future__ import annotations
 
@@ -10,6 +10,39 @@ from proxy.settings.declare import Section, described, number, octets, ratio, se
 from proxy.settings.units import Network
 
 _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
+
+
+# A new pod waits for its certificate, so its attempts follow each other quickly. A renewal has half
+# of a lifetime, and the proxies of a whole cluster may be waiting for the control plane.
+class EnrollmentConfig(Section, frozen=True):
+    """With `source: control`: the control plane, which certifies the proxy's key for a service
+    account token."""
+
+    address: Annotated[
+        str,
+        described("host:port of the control plane's issuing listener", 259),
+    ]
+    identity: Annotated[str, described("SPIFFE ID that the control plane must have", 2048)]
+    token: Annotated[
+        Path,
+        described(
+            "file with a service account token for the audience `isthmus.dev/identity`; read again"
+            " for each request"
+        ),
+    ]
+    timeout: Annotated[
+        float, seconds(0.1, 300, "maximum time for one request, with resolving and connecting")
+    ] = 10.0
+    min_pause: Annotated[
+        float,
+        seconds(0.01, _HOUR, "pause after a failed request; doubled, and varied at random"),
+    ] = 0.5
+    max_first_pause: Annotated[
+        float, seconds(0.01, _HOUR, "longest pause while there is no valid certificate")
+    ] = 5.0
+    max_pause: Annotated[
+        float, seconds(0.01, _DAY, "longest pause while the old certificate is valid")
+    ] = 120.0
 
 
 class IdentityConfig(Section, frozen=True):
@@ -38,6 +71,7 @@ class IdentityConfig(Section, frozen=True):
             64,
         ),
     ] = ()
+    control: EnrollmentConfig | None = None
     reload_interval: Annotated[
         float, seconds(0.05, _HOUR, "interval between checks of the files for changes")
     ] = 10.0

@@ -7,6 +7,7 @@ source.py             the interface of the sources of credentials, and the files
 tls_contexts.py       TLS contexts, and the sessions that clients resume
 spiffe.py             SPIFFE IDs and patterns
 key_strength.py       the accepted kinds of private keys
-issue.py              trust roots and certificates for standalone use
+issue.py              creating trust roots and certificates
+signing_request.py    certificate signing requests: making and checking them
 inspect.py            a certificate described for people
 """

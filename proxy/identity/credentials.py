@@ -30,8 +30,6 @@ from OpenSSL import SSL, crypto
 from proxy.identity.credential_files import (
     Contents,
     MaterialError,
-    MaterialFiles,
-    MaterialNames,
     Origin,
 )
 from proxy.identity.key_strength import PrivateKey
@@ -77,7 +75,7 @@ def load(contents: Contents, now: datetime) -> Material:
     files = contents.files
     leaf, *others = parse_certificates(files.certificate, contents.parts[0])
     key = parse_key(files.key, contents.parts[1])
-    roots = _parse_roots(files, contents.parts[2:], now)
+    roots = parse_roots(files.roots, contents.parts[2:], now)
     if key.public_key() != public_key(files.certificate, leaf):
         raise MaterialError(
             files.key,
@@ -284,29 +282,30 @@ def when(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _parse_roots(
-    files: MaterialFiles | MaterialNames, parts: Sequence[bytes], now: datetime
+def parse_roots(
+    origins: Sequence[Origin], parts: Sequence[bytes], now: datetime
 ) -> tuple[x509.Certificate, ...]:
-    """All roots of all files, without duplicates and without expired ones, which cannot verify
+    """All roots of all parts, without duplicates and without expired ones, which cannot verify
     anything.
 
     A root that is not yet valid stays: it may have been distributed in advance, and no file changes
     when it starts.
     """
     found: dict[x509.Certificate, str | None] = {}
-    for path, data in zip(files.roots, parts, strict=True):
+    for path, data in zip(origins, parts, strict=True):
         for certificate in parse_certificates(path, data):
-            _check_authority(path, certificate)
+            check_authority(path, certificate)
             found.setdefault(certificate, validity_problem(certificate, now))
     if all(found.values()):
         raise MaterialError(
-            files.roots[0],
+            origins[0],
             f"holds no trust root that is valid now: the first one {next(iter(found.values()))}",
         )
     return tuple(certificate for certificate in found if now <= certificate.not_valid_after_utc)
 
 
-def _check_authority(path: Origin, certificate: x509.Certificate) -> None:
+def check_authority(path: Origin, certificate: x509.Certificate) -> None:
+    """Raise MaterialError if a certificate is not that of an authority, or is weak."""
     try:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value

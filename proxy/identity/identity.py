@@ -112,6 +112,8 @@ class TLSSettings:
     settle: float = 0.0
     # the ALPN names of which a client must offer one
     protocols: frozenset[bytes] = tls_contexts.INNER_PROTOCOLS
+    # the ALPN names for clients without a certificate (`open_server_context`); none: there are none
+    open_protocols: frozenset[bytes] = frozenset()
 
 
 class Identity:
@@ -182,6 +184,12 @@ class Identity:
                 new, self.settings.session_lifetime, self.settings.protocols
             )
             client = tls_contexts.client_context(new, self.settings.session_lifetime)
+            open_protocols = self.settings.open_protocols
+            self._open_server_context = (
+                tls_contexts.server_context(new, 0.0, open_protocols, certificates=False)
+                if open_protocols
+                else None
+            )
         except (SSL.Error, crypto.Error) as error:
             raise MaterialError(
                 contents.files.certificate,
@@ -206,6 +214,15 @@ class Identity:
         connection.
         """
         return self._server_context
+
+    @property
+    def open_server_context(self) -> SSL.Context:
+        """The context for accepting clients that have no certificate: they authenticate in another
+        way. Raises RuntimeError if `settings.open_protocols` has none.
+        """
+        if self._open_server_context is None:
+            raise RuntimeError("clients without a certificate are not accepted")
+        return self._open_server_context
 
     @property
     def client_context(self) -> SSL.Context:

@@ -1,9 +1,9 @@
-"""Creates certificates for standalone use: a trust root, and workload certificates signed by it.
+"""Creates certificates: a trust root, and workload certificates signed by it or by an intermediate.
 
-In Kubernetes another system usually issues certificates (cert-manager, SPIRE). This module is for
-clusters without one, for the lab and for tests. The profile is an X.509-SVID (SPIFFE): ECDSA P-256
-with SHA-256; the only name is one URI SAN; the subject is empty, so the SAN is critical (RFC 5280,
-section 4.1.2.6).
+The control plane certifies the keys of proxies with it (`certify`). `isthmus identity` makes roots,
+and certificates with keys for clusters where nothing else issues them; so do the lab and the tests.
+The profile is an X.509-SVID (SPIFFE): our own keys are ECDSA P-256 with SHA-256; the only name is
+one URI SAN; the subject is empty, so the SAN is critical (RFC 5280, section 4.1.2.6).
 
 Lifetimes. A workload's certificate lasts hours: its key is stored beside an application and is
 never revoked, so it must expire soon. A root lasts ten years: its expiry stops the whole mesh at
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from proxy.identity.credentials import spiffe_uri, utc_now, validity_problem, when
-from proxy.identity.key_strength import PrivateKey
+from proxy.identity.key_strength import PrivateKey, PublicKey
 from proxy.identity.spiffe import SCHEME, SpiffeId, SpiffeIdError, check_trust_domain, split_uri
 
 WORKLOAD_LIFETIME = timedelta(hours=24)
@@ -130,25 +130,56 @@ def issue(
     is invalid.
     """
     now = now or utc_now()
-    _check_lifetime(lifetime)
-    problem = validity_problem(root.certificate, now)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = certify(
+        root, Subject(identity, key.public_key()), Validity(lifetime, CLOCK_SKEW), now
+    )
+    end = root.certificate.not_valid_after_utc
+    note = f"the lifetime was shortened: the root expires on {when(end)}"
+    return Issued(certificate, key, note if now + lifetime > end else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a certificate is about: a workload and its public key."""
+
+    identity: SpiffeId
+    key: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """When a new certificate is valid: from `skew` before now until `lifetime` after now."""
+
+    lifetime: timedelta
+    skew: timedelta
+
+
+def certify(
+    issuer: Issued, subject: Subject, validity: Validity, now: datetime
+) -> x509.Certificate:
+    """Create a certificate for a workload's key, signed by the issuer: a root or an intermediate.
+    It is never valid when the issuer is not.
+
+    Raises IssueError if the issuer is not valid now, belongs to another trust domain, or the
+    lifetime is invalid.
+    """
+    _check_lifetime(validity.lifetime)
+    authority, identity = issuer.certificate, subject.identity
+    problem = validity_problem(authority, now)
     if problem is not None:
         raise IssueError(f"the root {problem}")
-    domain = root_trust_domain(root.certificate)
+    domain = root_trust_domain(authority)
     if domain is not None and domain != identity.trust_domain:
         raise IssueError(
             f"the root is for the trust domain {domain}, it cannot sign for {identity}"
         )
-    end = now + lifetime
-    note = ""
-    if end > root.certificate.not_valid_after_utc:
-        end = root.certificate.not_valid_after_utc
-        note = f"the lifetime was shortened: the root expires on {when(end)}"
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = (
-        _builder(x509.Name([]), root.certificate.subject, key.public_key())
-        .not_valid_before(max(_seconds(now - CLOCK_SKEW), root.certificate.not_valid_before_utc))
-        .not_valid_after(_seconds(end))
+    begin = max(_seconds(now - validity.skew), authority.not_valid_before_utc)
+    end = min(_seconds(now + validity.lifetime), authority.not_valid_after_utc)
+    return (
+        _builder(x509.Name([]), authority.subject, subject.key)
+        .not_valid_before(begin)
+        .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(authority=False), critical=True)
         .add_extension(
@@ -157,17 +188,17 @@ def issue(
             ),
             critical=False,
         )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_authority_identifier(root.certificate), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(subject.key), critical=False)
+        .add_extension(_authority_identifier(authority), critical=False)
         .add_extension(
             x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))]),
             critical=True,
         )
         .sign(
-            root.key, None if isinstance(root.key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+            issuer.key,
+            None if isinstance(issuer.key, ed25519.Ed25519PrivateKey) else hashes.SHA256(),
         )
     )
-    return Issued(certificate, key, note)
 
 
 def root_trust_domain(root: x509.Certificate) -> str | None:
@@ -179,9 +210,7 @@ def root_trust_domain(root: x509.Certificate) -> str | None:
     return trust_domain if not path else None
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: PublicKey) -> x509.CertificateBuilder:
     # 159 random bits, positive, at most 20 octets (RFC 5280, section 4.1.2.2): serial numbers do
     # not repeat.
     serial = x509.random_serial_number()

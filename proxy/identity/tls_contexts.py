@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 
+from cryptography import x509
 from OpenSSL import SSL, crypto
 
 from proxy.identity.credentials import Material
@@ -142,12 +143,17 @@ def server_context(
     material: Material,
     session_lifetime: float,
     protocols: frozenset[bytes] = INNER_PROTOCOLS,
+    *,
+    certificates: bool = True,
 ) -> SSL.Context:
     """A new context for accepting. `session_lifetime`: seconds in which a ticket can be resumed; 0:
-    never. `protocols`: the ALPN names of which one must be offered.
+    never. `protocols`: the ALPN names of which one must be offered. `certificates`: clients must
+    present a certificate; False: they are not asked for one, so they are not authenticated.
     """
-    context = _context(SSL.TLS_SERVER_METHOD, material, session_lifetime)
-    demand_certificate(context, always=True)
+    context = _context(SSL.TLS_SERVER_METHOD, session_lifetime, material.roots)
+    _present(context, material)
+    if certificates:
+        demand_certificate(context, always=True)
     context.set_session_id(SESSION_ID_CONTEXT)
     context.set_alpn_select_callback(partial(_select_protocol, protocols))
     return context
@@ -155,7 +161,8 @@ def server_context(
 
 def client_context(material: Material, session_lifetime: float) -> SSL.Context:
     """A new context for dialling. SNI, ALPN and the session to resume are set per connection."""
-    context = _context(SSL.TLS_CLIENT_METHOD, material, session_lifetime)
+    context = _context(SSL.TLS_CLIENT_METHOD, session_lifetime, material.roots)
+    _present(context, material)
     if session_lifetime > 0:
         # AWS-LC only provides a connection's session if session caching is enabled.
         context.set_session_cache_mode(SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL)
@@ -163,7 +170,18 @@ def client_context(material: Material, session_lifetime: float) -> SSL.Context:
     return context
 
 
-def _context(method: int, material: Material, session_lifetime: float) -> SSL.Context:
+def bare_client_context(roots: Sequence[x509.Certificate]) -> SSL.Context:
+    """A new context for dialling without a certificate of our own. The server is verified as in
+    `client_context`.
+    """
+    context = _context(SSL.TLS_CLIENT_METHOD, 0.0, roots)
+    demand_certificate(context, always=False)
+    return context
+
+
+def _context(
+    method: int, session_lifetime: float, roots: Sequence[x509.Certificate]
+) -> SSL.Context:
     context = SSL.Context(method)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     context.set_max_proto_version(SSL.TLS1_3_VERSION)
@@ -183,20 +201,24 @@ def _context(method: int, material: Material, session_lifetime: float) -> SSL.Co
         # resumed.
         context.set_options(SSL.OP_NO_TICKET)
     context.set_verify_depth(MAX_INTERMEDIATES)
-    context.use_certificate(material.leaf)
-    context.use_privatekey(material.key)
-    context.check_privatekey()
-    for certificate in material.intermediates:
-        context.add_extra_chain_cert(certificate)
     store = context.get_cert_store()
     if store is None:
         raise RuntimeError("OpenSSL gave a context without a certificate store")
-    for root in material.roots:
+    for root in roots:
         store.add_cert(crypto.X509.from_cryptography(root))
     # As in credentials.verify_chain: every certificate in the root files is a trust anchor,
     # self-signed or not.
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     return context
+
+
+def _present(context: SSL.Context, material: Material) -> None:
+    """Present our certificate and its intermediates."""
+    context.use_certificate(material.leaf)
+    context.use_privatekey(material.key)
+    context.check_privatekey()
+    for certificate in material.intermediates:
+        context.add_extra_chain_cert(certificate)
 
 
 def _select_protocol(

@@ -31,6 +31,13 @@ class Listeners:
             sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names)
         )
 
+    def close(self) -> None:
+        """Close the sockets of the traffic, which has no server yet."""
+        for sock in (*self.outbound, *self.inbound, *self.names):
+            sock.close()
+        for sock, _ in self.datagrams:
+            sock.close()
+
 
 def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = None) -> Listeners:
     """Bind the configured listeners. With `config.workers`, bind them shared with the other

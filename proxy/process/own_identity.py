@@ -17,6 +17,8 @@ import trio
 
 from proxy.config.schema import Config
 from proxy.config.schema_files import IdentityConfig
+from proxy.enrollment.client import Dial
+from proxy.enrollment.control_source import ControlCredentials, Place
 from proxy.errors import StartError
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings
 from proxy.identity.source import CredentialSource, FileSource, report_expiry
@@ -52,25 +54,27 @@ def _files(section: IdentityConfig) -> MaterialFiles | None:
     return MaterialFiles(section.certificate, section.key, section.roots)
 
 
-def _source(section: IdentityConfig) -> CredentialSource:
+def _source(section: IdentityConfig, dial: Dial) -> CredentialSource:
     """The source of the credentials. Raises StartError."""
     if section.source == "files":
         return FileSource(section.reload_interval)
+    if section.control is not None:
+        return ControlCredentials(section, section.control, Place(dial))
     raise StartError(f"identity.source: {section.source} is not available in this version", 64)
 
 
 class OwnIdentity:
     """The identity of this process, or None. `known` is set when its credentials are there, or none
-    are configured. `expiries`: the connections whose lifetime certificates limit. Raises
-    StartError.
+    are configured. `expiries`: the connections whose lifetime certificates limit. `dial` opens
+    connections to where the credentials come from. Raises StartError.
     """
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, dial: Dial) -> None:
         self.current = load_identity(config)
         self.known = trio.Event()
         self._metrics = metrics
         self._section = section = config.identity
-        self._source = _source(section) if section is not None else None
+        self._source = _source(section, dial) if section is not None else None
         self._why = ""
         self._bounded = section is not None and section.end_with_certificate
         grace = section.expiry_grace if section is not None else 0.0

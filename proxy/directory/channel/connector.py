@@ -7,11 +7,8 @@ connection ends with the certificates that it depends on, and when their trust r
 
 from __future__ import annotations
 
-import ipaddress
 import random
-import socket
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +20,7 @@ from proxy.identity.identity import Identity
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectionLost, NetError
+from proxy.net.resolve import resolve
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client
@@ -48,7 +46,7 @@ class Connector:
         """Connect to one of the addresses, to `avoid` only if no other answers. The caller closes
         the stream with `close`. Raises OSError, NetError, PeerRefused, ChannelError."""
         error: Exception = ChannelError("the name has no address")
-        found = await _resolve(settings.address, chance)
+        found = await resolve(settings.address, chance)
         addresses = sorted(found, key=lambda address: address == avoid)[:_TRIED]
         for address in addresses:
             with trio.move_on_after(settings.connect_timeout / len(addresses)):
@@ -78,21 +76,6 @@ class Connector:
         if tls.expiry is not None:
             tls.expiry.retire = partial(_expire, tls)
         return tls
-
-
-async def _resolve(address: str, chance: random.Random) -> Sequence[Address]:
-    """The addresses of the control plane, in random order. Raises OSError."""
-    host, _, port = address.rpartition(":")
-    name = host.removeprefix("[").removesuffix("]")
-    with suppress(ValueError):
-        return [Address(str(ipaddress.ip_address(name)), int(port))]
-    found = await trio.to_thread.run_sync(
-        partial(socket.getaddrinfo, name, int(port), 0, socket.SOCK_STREAM),
-        abandon_on_cancel=True,
-    )
-    addresses = list(dict.fromkeys(Address(str(info[4][0]), int(port)) for info in found))
-    chance.shuffle(addresses)
-    return addresses
 
 
 def _expire(stream: TLSStream) -> None:
