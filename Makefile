@@ -53,7 +53,7 @@ SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)
 # the compiled request path, on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md).
 IN_THE_IMAGE := $(addprefix tests/,balancing both_paths e2e exchange flows lab routing)
 # What is compiled or about TLS, and quick, runs in both forms.
-IN_BOTH := $(addprefix tests/,directory fastpath identity loopguard net tracing wire/h1) \
+IN_BOTH := $(addprefix tests/,directory enrollment fastpath identity loopguard net tracing wire/h1) \
 	$(wildcard tests/wire/test_*.py) tests/telemetry/test_metrics.py
 # Whole proxies from the sources, on OpenSSL: with the fast path, and without it
 # (docs/decisions/21-fast-path.md).

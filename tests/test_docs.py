@@ -24,6 +24,7 @@ from proxy import directory, errors
 from proxy.config import load as config
 from proxy.config.schema import Config
 from proxy.directory.clusters import GATEWAY_PORT
+from proxy.enrollment.messages import AUDIENCE
 from proxy.errors import Answer
 from proxy.intercept.nftables import InterceptSettings
 from proxy.settings.units import GrpcCode
@@ -224,10 +225,37 @@ def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
         one for one in manifests("Service") if one["metadata"]["name"] == "isthmus-control"
     )
     ports: list[dict[str, Any]] = service["spec"]["ports"]
-    (port,) = (one["port"] for one in ports if one["name"] == "directory")
-    assert loaded.directory.control.address == f"isthmus-control.isthmus.svc:{port}"
     account = deployment("isthmus-control")["serviceAccountName"]
-    assert loaded.directory.control.identity == f"spiffe://cluster.local/ns/isthmus/sa/{account}"
+    assert loaded.identity is not None
+    for name, control in (
+        ("directory", loaded.directory.control),
+        ("issuing", loaded.identity.control),
+    ):
+        (port,) = (one["port"] for one in ports if one["name"] == name)
+        assert control is not None
+        assert control.address == f"isthmus-control.isthmus.svc:{port}"
+        assert control.identity == f"spiffe://cluster.local/ns/isthmus/sa/{account}"
+
+
+def test_the_pod_of_the_manifests_has_the_token_and_the_roots_of_its_configuration() -> None:
+    (found,) = manifests("Pod")
+    spec: dict[str, list[dict[str, Any]]] = found["spec"]
+    (settings,) = (
+        yaml.safe_load(one["data"]["isthmus.yaml"])["identity"]
+        for one in manifests("ConfigMap")
+        if one["metadata"]["name"] == "isthmus"
+    )
+    volumes = {one["name"]: one for one in spec["volumes"]}
+    (source,) = volumes["token"]["projected"]["sources"]
+    token = source["serviceAccountToken"]
+    assert token["audience"] == AUDIENCE
+    mounts = {one["name"]: one["mountPath"] for one in spec["initContainers"][1]["volumeMounts"]}
+    assert settings["control"]["token"] == f"{mounts['token']}/{token['path']}"
+    assert settings["roots"] == [f"{mounts['roots']}/roots.pem"]
+    (control,) = deployment("isthmus-control")["containers"]
+    mounted = {one["name"]: one["mountPath"] for one in control["volumeMounts"]}
+    assert f"--issuer={mounted['issuer']}" in control["args"]
+    assert f"--roots={mounted['roots']}/roots.pem" in control["args"]
 
 
 def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
@@ -268,7 +296,7 @@ def test_the_control_plane_of_the_manifests_fits_its_settings() -> None:
     (control,) = pod["containers"]
     assert control["args"][0] == "control"
     _, port = ControlConfig().admin or ("", 0)
-    assert [found["containerPort"] for found in control["ports"]] == [4190, port]
+    assert [found["containerPort"] for found in control["ports"]] == [4190, port, 4192]
     assert pod["terminationGracePeriodSeconds"] > settings.lease.release_timeout
     (role,) = (
         found for found in manifests("Role") if found["metadata"]["name"] == "isthmus-control"

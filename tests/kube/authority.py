@@ -20,16 +20,44 @@ def isthmus(*arguments: str) -> None:
 
 @dataclass
 class Authority:
-    """A trust root in a directory, which issues certificates by the commands that config.yaml
-    names."""
+    """A trust root in a directory, by the commands that control.yaml and gateway.yaml name."""
 
     folder: Path
 
-    def secret(self, namespace: str, account: str) -> Json:
-        """The Secret of a service account, with a new certificate."""
-        root, out = self.folder / "root", self.folder / f"{namespace}-{account}"
+    def root(self) -> Path:
+        """The directory of the root, which is made at the first call."""
+        root = self.folder / "root"
         if not root.exists():
             isthmus("identity", "root", "--trust-domain", "cluster.local", "--out", str(root))
+        return root
+
+    def issuer(self, namespace: str) -> Json:
+        """The Secret of the issuer: the root itself."""
+        root = self.root()
+        names = {"tls.crt": "root.pem", "tls.key": "root.key"}
+        return {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "kubernetes.io/tls",
+            "metadata": {"name": "isthmus-issuer", "namespace": namespace},
+            "data": {
+                name: base64.b64encode((root / file).read_bytes()).decode()
+                for name, file in names.items()
+            },
+        }
+
+    def roots(self, namespace: str) -> Json:
+        """The ConfigMap with the trust roots."""
+        return {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "isthmus-trust-roots", "namespace": namespace},
+            "data": {"roots.pem": (self.root() / "root.pem").read_text()},
+        }
+
+    def secret(self, namespace: str, account: str) -> Json:
+        """The Secret of a service account, with a new certificate."""
+        root, out = self.root(), self.folder / f"{namespace}-{account}"
         names = ["--namespace", namespace, "--service-account", account]
         isthmus("identity", "issue", "--root", str(root), *names, "--out", str(out))
         return {

@@ -23,12 +23,14 @@ CONTROL = "isthmus-control"
 
 
 async def documents(folder: Path) -> list[dict[str, Any]]:
-    """The objects of the manifest, and the Secret that it needs, by the root in `folder`."""
+    """The objects of the manifest, and the issuer and the trust roots that it needs, by the root in
+    `folder`."""
     namespace, *others = (
         msgspec.yaml.decode(text) for text in MANIFEST.read_text().split("\n---\n")
     )
-    secret = await trio.to_thread.run_sync(Authority(folder).secret, NAMESPACE, CONTROL)
-    return [namespace, secret, *others]
+    authority = Authority(folder)
+    issuer = await trio.to_thread.run_sync(authority.issuer, NAMESPACE)
+    return [namespace, issuer, authority.roots(NAMESPACE), *others]
 
 
 def joined(found: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Pods with the sidecar on a cluster with the control plane, by the manifests of deploy/kubernetes.
 
 No directory file exists: the sidecars use the control plane. Certificates come from a root that the
-test makes. Every sidecar requires identities (`require_identity`), so each response of a pod proves
+test makes, by the control plane. Every sidecar requires identities (`require_identity`), so each response of a pod proves
 that the request came with mutual TLS. Therefore readiness probes run inside of the pods."""
 
 from __future__ import annotations
@@ -71,9 +71,6 @@ def pod(name: str, container: Json, account: str = "web") -> Json:
     spec = found["spec"]
     spec["serviceAccountName"] = account
     spec["containers"] = [container]
-    for volume in spec["volumes"]:
-        if volume["name"] == "identity":
-            volume["secret"]["secretName"] = f"isthmus-identity-{account}"
     spec["volumes"].append({"name": "work", "emptyDir": {}})
     labels = {**found["metadata"]["labels"], "app": name}
     return {"metadata": {"labels": labels}, "spec": spec}

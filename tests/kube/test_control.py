@@ -148,6 +148,7 @@ READ = {
     for verb in ("list", "watch")
 }
 EVENTS = {(verb, "events.k8s.io", "events") for verb in ("create", "patch")}
+REVIEWS = {("create", "authentication.k8s.io", "tokenreviews")}
 CREATE_LEASE = {("create", "coordination.k8s.io", "leases")}
 USE_LEASE = {(verb, "coordination.k8s.io", "leases") for verb in ("get", "patch")}
 
@@ -211,19 +212,19 @@ async def test_the_service_account_has_exactly_the_needed_rights(
         await west.apply(joined(rights))
         everything = await every_right(west)
         assert len(everything) > 300
-        assert everything >= READ | EVENTS | CREATE_LEASE | USE_LEASE
+        assert everything >= READ | EVENTS | REVIEWS | CREATE_LEASE | USE_LEASE
         # What every service account may do, such as asking what it may do itself.
         ordinary = await granted(stage, "default", everything)
-        assert not ordinary & (READ | EVENTS | CREATE_LEASE | USE_LEASE)
+        assert not ordinary & (READ | EVENTS | REVIEWS | CREATE_LEASE | USE_LEASE)
         with trio.fail_after(30):  # the API server applies new roles a moment later
             while True:
                 if await granted(stage, CONTROL, CREATE_LEASE, NAMESPACE):
                     break
                 await trio.sleep(0.1)
-        assert await granted(stage, CONTROL, everything) - ordinary == READ | EVENTS
+        assert await granted(stage, CONTROL, everything) - ordinary == READ | EVENTS | REVIEWS
         assert (
             await granted(stage, CONTROL, everything, NAMESPACE) - ordinary
-            == READ | EVENTS | CREATE_LEASE
+            == READ | EVENTS | REVIEWS | CREATE_LEASE
         )
         leases = {right for right in everything if right[1] == "coordination.k8s.io"}
         assert await granted(stage, CONTROL, leases, NAMESPACE, CONTROL) == CREATE_LEASE | USE_LEASE

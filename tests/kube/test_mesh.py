@@ -65,11 +65,11 @@ async def installed(west: Cluster, folder: Path) -> AsyncIterator[Mesh]:
         try:
             await apply(west, [*await documents(folder), shop])
             account = {"apiVersion": "v1", "kind": "ServiceAccount"}
-            for name in ("web", "client"):
-                meta = {"name": name, "namespace": SPACE}
-                secret = await trio.to_thread.run_sync(authority.secret, SPACE, name)
-                await apply(west, [{**account, "metadata": meta}, secret])
-            await apply(west, config)
+            accounts = [
+                {**account, "metadata": {"name": name, "namespace": SPACE}}
+                for name in ("web", "client")
+            ]
+            await apply(west, [*accounts, authority.roots(SPACE), *config])
             control = Installed(west)
             await control.available()
             yield Mesh(west, control)

@@ -2,7 +2,7 @@
 order, is ready, and uses mutual TLS.
 
 There is no control plane here. The directory is a file in a ConfigMap, written by the test, in
-place of `directory.control`."""
+place of `directory.control`, and the identity is a Secret, in place of `identity.control`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.kube.authority import Authority
 from tests.kube.kit import eventually, inside
 
 MANIFESTS = Path(__file__).parent.parent.parent / "deploy" / "kubernetes"
+SECRET = "/var/run/isthmus/roots"
 IDENTITY = "spiffe://cluster.local/ns/shop/sa/web"
 SERVICE = """
 apiVersion: v1
@@ -53,10 +54,15 @@ async def shop(west: Cluster, tmp_path: Path) -> AsyncIterator[str]:
 
 
 async def configure(west: Cluster, services: list[dict[str, Any]]) -> None:
-    """Apply config.yaml with a directory file of our own."""
+    """Apply config.yaml with a directory file of our own, and with the identity in files."""
     for document in manifests("config.yaml"):
         if document["kind"] == "ConfigMap":
             settings = msgspec.yaml.decode(document["data"]["isthmus.yaml"])
+            settings["identity"] = {
+                "certificate": f"{SECRET}/certificate.pem",
+                "key": f"{SECRET}/key.pem",
+                "roots": [f"{SECRET}/roots.pem"],
+            }
             settings["directory"] = {"file": "/etc/isthmus/directory.yaml"}
             document["data"]["isthmus.yaml"] = json.dumps(settings)
             document["data"]["directory.yaml"] = json.dumps({"services": services})
@@ -67,6 +73,10 @@ async def start(west: Cluster, name: str) -> dict[str, Any]:
     """The pod of pod.yaml under a name, ready."""
     (pod,) = manifests("pod.yaml")
     pod["metadata"] |= {"name": name, "labels": {"app": name}}
+    for volume in pod["spec"]["volumes"]:
+        if volume["name"] == "roots":  # mounted at SECRET
+            del volume["configMap"]
+            volume["secret"] = {"secretName": "isthmus-identity-web", "defaultMode": 0o440}
     await west.apply(json.dumps(pod))
     await west.wait("--namespace", "shop", f"pod/{name}", "--for=condition=Ready")
     found: dict[str, Any] = await west.get("--namespace", "shop", "pod", name)
