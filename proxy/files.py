@@ -109,6 +109,15 @@ def _young(path: Path, settle: float) -> bool:
     return time.time() - max(found.st_mtime, found.st_ctime) < settle
 
 
+def signature(path: Path) -> object:
+    """A value that changes when the file at `path` is replaced or written."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return error.errno
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 class Settling:
     """Whether the contents of a watched file have settled: two reads with the same digest, at least
     `settle` seconds apart, and no different read in between.

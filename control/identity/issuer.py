@@ -24,13 +24,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from control.contract import SpiffeId
-from proxy.files import Settling
+from proxy.files import Settling, signature
 from proxy.identity import credentials
 from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles, read_files
 from proxy.identity.issue import Issued, IssueError, Subject, Validity, certify
 from proxy.identity.key_strength import PublicKey
 from proxy.identity.signing_request import make_key
-from proxy.identity.source import signature
 from proxy.net.tls.certificate_rules import find_flaw
 
 _log = logging.getLogger("isthmus.control")

@@ -88,6 +88,11 @@ def _identity(section: IdentityConfig, trust_domain: str, mistakes: Mistakes) ->
             )
     if section.source != "spiffe" and not section.roots:
         mistakes.add("identity.roots", "lists no file: no peer would be trusted")
+    if section.revoked is not None and not section.end_with_certificate:
+        mistakes.add(
+            "identity.revoked",
+            "needs `identity.end_with_certificate`: open connections of a revoked peer must end",
+        )
     control = section.control
     if (control is not None) != (section.source == "control"):
         mistakes.add("identity.control", "belongs to `identity.source: control`")

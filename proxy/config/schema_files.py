@@ -72,6 +72,13 @@ class IdentityConfig(Section, frozen=True):
         ),
     ] = ()
     control: EnrollmentConfig | None = None
+    revoked: Annotated[
+        Path | None,
+        described(
+            "file with peers that are refused although their certificates are valid: in each line"
+            " a SPIFFE ID or `serial:` and the number of a certificate; see identity.md"
+        ),
+    ] = None
     reload_interval: Annotated[
         float, seconds(0.05, _HOUR, "interval between checks of the files for changes")
     ] = 10.0

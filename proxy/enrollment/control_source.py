@@ -28,7 +28,7 @@ from proxy.config.schema_files import EnrollmentConfig, IdentityConfig
 from proxy.enrollment.client import Dial, Enroller, EnrollmentFailed
 from proxy.enrollment.messages import Ask
 from proxy.enrollment.token import TokenUnusable, usable_token
-from proxy.files import Settling
+from proxy.files import Settling, signature
 from proxy.identity.credential_files import (
     Contents,
     MaterialError,
@@ -39,7 +39,7 @@ from proxy.identity.credentials import parse_roots, utc_now
 from proxy.identity.identity import Identity
 from proxy.identity.key_strength import PrivateKey
 from proxy.identity.signing_request import make_key, make_request
-from proxy.identity.source import Changed, Failed, signature
+from proxy.identity.source import Changed, Failed
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError
 
 _CHAIN = "the certificate from the control plane"

@@ -31,6 +31,7 @@ from proxy.identity import credential_files, credentials, tls_contexts
 from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles
 from proxy.identity.credentials import Material, utc_now
 from proxy.identity.inspect import expiry_in_words, life_left
+from proxy.identity.revocation import Revoked
 from proxy.identity.spiffe import IdentityPattern, SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.identity.tls_contexts import (
     ALPN_HTTP1,
@@ -66,7 +67,13 @@ __all__ = [
 WARN_AT = (0.30, 0.10)
 
 RefusalReason = Literal[
-    "no_certificate", "no_identity", "trust_domain", "expired", "not_yet_valid", "wrong_identity"
+    "no_certificate",
+    "no_identity",
+    "trust_domain",
+    "expired",
+    "not_yet_valid",
+    "revoked",
+    "wrong_identity",
 ]
 
 
@@ -78,6 +85,7 @@ _ALERTS: dict[RefusalReason, Alert] = {
     "trust_domain": "certificate_unknown",
     "expired": "certificate_expired",
     "not_yet_valid": "certificate_expired",
+    "revoked": "certificate_unknown",
     "wrong_identity": "certificate_unknown",
 }
 
@@ -143,6 +151,7 @@ class Identity:
         self.generation = 0
         self.failures = 0
         self.last_error: MaterialError | None = None
+        self.revoked = Revoked()  # peers that are refused; replaced as a whole
         self._clock = clock
         self._reported: tuple[bytes | None, str] | None = None
         # by fingerprint: the lowest threshold already reported
@@ -310,7 +319,10 @@ class Identity:
         accepts every identity of our trust domains. `certificate` is the one verified in the
         handshake. Raises PeerRefused.
         """
-        return verify_peer(certificate, expected, self._accepted_domains, self._clock())
+        found = verify_peer(certificate, expected, self._accepted_domains, self._clock())
+        if self.revoked and certificate is not None and self.revoked.refuses(found, certificate):
+            raise PeerRefused("revoked", f"the peer {found} is on the list of revoked ones")
+        return found
 
     def verify_chain(
         self, chain: Sequence[x509.Certificate], expected: SpiffeId | None = None

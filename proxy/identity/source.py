@@ -20,12 +20,11 @@ A source keeps an Identity current. Its contract:
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from proxy.files import Settling
+from proxy.files import Settling, signature
 from proxy.identity.credential_files import MaterialError
 from proxy.identity.identity import Identity
 
@@ -74,15 +73,6 @@ class FileSource:
             await trio.sleep(
                 min(self._interval, settling.settle) if settling.waiting else self._interval
             )
-
-
-def signature(path: Path) -> object:
-    """A value that changes when the file at `path` is replaced or written."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        return error.errno
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 async def report_expiry(identity: Identity, interval: float, warn: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ from proxy.enrollment.client import Dial
 from proxy.enrollment.control_source import ControlCredentials, Place
 from proxy.errors import StartError
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings
+from proxy.identity.revocation import RevocationList, Revoked
 from proxy.identity.source import CredentialSource, FileSource, report_expiry
 from proxy.net.tls.expiry import Expiries
 from proxy.telemetry.metrics import Metrics
@@ -79,10 +80,22 @@ class OwnIdentity:
         self._bounded = section is not None and section.end_with_certificate
         grace = section.expiry_grace if section is not None else 0.0
         self.expiries = Expiries(grace, metrics.count_certificate_end, enabled=self._bounded)
+        self._revocations = self._load_revocations(section) if section is not None else None
         if self.current is None:
             self.known.set()
         elif self.current.known:
             self._note(self.current)
+
+    def _load_revocations(self, section: IdentityConfig) -> RevocationList | None:
+        """Raises StartError."""
+        if section.revoked is None or self.current is None:
+            return None
+        try:
+            found = RevocationList(section.revoked, section.settle)
+        except MaterialError as error:
+            raise StartError(str(error), 64) from error
+        self.current.revoked = found.current
+        return found
 
     def not_ready(self) -> str | None:
         """Why peers refuse our certificate now (not yet valid, or expired), or why there is none
@@ -101,6 +114,13 @@ class OwnIdentity:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(report_expiry, identity, section.reload_interval, _warn)
+            if self._revocations is not None:
+                nursery.start_soon(
+                    self._revocations.watch,
+                    section.reload_interval,
+                    self._revoke,
+                    self._not_revoked,
+                )
             if identity.known:
                 _warn_of(identity)
             await source.run(identity, self._changed, self._failed)
@@ -117,6 +137,20 @@ class OwnIdentity:
             identity.id,
             identity.not_after.isoformat(),
         )
+
+    def _revoke(self, revoked: Revoked) -> None:
+        """Use a new list, for open connections too."""
+        if self.current is None:
+            return
+        self.current.revoked = revoked
+        self.expiries.revoke(lambda info: revoked.has(info.peer_identity or "", info.peer_serial))
+        self._metrics.count_identity_reload("ok")
+        count = len(revoked.identities), len(revoked.serials)
+        _log.warning("new list of revoked peers in use: %d identities, %d certificates", *count)
+
+    def _not_revoked(self, error: Exception) -> None:
+        self._metrics.count_identity_reload("error")
+        _log.error("cannot use the list of revoked peers, keeping the old one: %s", error)
 
     def _failed(self, error: Exception) -> None:
         self._metrics.count_identity_reload("error")

@@ -29,6 +29,11 @@ from proxy.settings.units import parse_duration, parse_size, show_duration, show
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "configuration.md"
 IDENTITY = "identity: {certificate: c.pem, key: k.pem, roots: [r.pem]}\n"
 
+EXPECTED = "spiffe://cluster.local/ns/a/sa/b"
+ENROLLED = (
+    "identity: {{source: control, roots: [r], control: {{address: '{}', token: t, identity: {}}}}}"
+)
+
 
 def mistakes(tmp_path: Path, text: str, environ: dict[str, str] | None = None) -> list[str]:
     file = tmp_path / "isthmus.yaml"
@@ -247,6 +252,12 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("identity: {certificate: c, roots: [r]}", "identity.key"),
         ("identity: {key: k, roots: [r]}", "identity.certificate"),
         ("identity: {source: spiffe, key: k}", "identity.key"),
+        ("identity: {source: control, roots: [r]}", "identity.control"),
+        (IDENTITY[:-2] + ", end_with_certificate: false, revoked: f}", "identity.revoked"),
+        (ENROLLED.format("x", EXPECTED), "identity.control.address"),
+        (ENROLLED.format("x:1", "x"), "identity.control.identity"),
+        (ENROLLED.format("x:1", "spiffe://y/ns/a/sa/b"), "identity.control.identity"),
+        (ENROLLED.format("x:1", f"{EXPECTED}, max_pause: 100ms"), "identity.control.max_pause"),
         ("http: {max_head_bytes: 1KiB}", "http.max_target_bytes"),
         ("pool: {max_connections_per_endpoint: 1}", "pool.max_idle_per_endpoint"),
         ("pool: {idle_timeout: 10m}", "pool.idle_timeout"),

@@ -229,6 +229,36 @@ async def test_a_removed_root_ends_only_the_connections_that_depend_on_it(
             assert (await received(new)).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+async def test_a_revoked_peer_is_cut_at_once_and_does_not_come_back(
+    tmp_path: Path, fast: bool
+) -> None:
+    """Even with a request in progress and a long grace. Others are not touched."""
+    revoked = tmp_path / "revoked.txt"
+    revoked.write_text("# nothing\n")
+    settings = {"reload_interval": "50ms", "expiry_grace": "1d", "revoked": str(revoked)}
+    slow = Slow()
+    async with served(tmp_path, slow, fast, **settings) as (fleet, app):
+        assert app.identity is not None
+        async with await fleet.meet(app, "mallory", "server") as stolen:
+            await stolen.send_all(GET)
+            await slow.asked.wait()
+            async with await fleet.meet(app, "peer", "server") as good:
+                slow.asked = trio.Event()
+                await good.send_all(GET)
+                await slow.asked.wait()
+                revoked.write_text(f"{fleet.identity('mallory')}\n")
+                with trio.fail_after(20):
+                    assert await received(stolen) == b""
+                assert b'isthmus_certificate_ends_total{how="cut"} 1.0' in app.render()
+                slow.answer.set()
+                with trio.fail_after(20):
+                    assert (await received(good)).startswith(b"HTTP/1.1 200 OK\r\n")
+        with suppress(trio.BrokenResourceError):  # refused within the handshake, or with the answer
+            async with await fleet.meet(app, "mallory", "server") as again:
+                await again.send_all(GET)
+                assert await received(again) == b""
+
+
 async def frames(stream: Stream) -> AsyncIterator[int]:
     """Send one request by HTTP/2, and return the type of each frame until the end. PINGs are
     answered; h2 would refuse those after a GOAWAY."""

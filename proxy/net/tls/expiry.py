@@ -1,4 +1,4 @@
-"""Ends connections whose certificates have expired or are not trusted any more.
+"""Ends connections whose certificates have expired, are not trusted any more, or are revoked.
 
 A certificate proves the peer's identity only until it expires, but the handshake checks it only
 once. So every TLS connection is watched for the end of its verified chain, and for the removal of
@@ -9,8 +9,10 @@ the trust root of this chain. When that happens:
   code that can do this sets `Expiry.retire`.
 - `grace` seconds later it is cut, even if it is busy. A relay has no requests, so it is only cut.
 
-A root may be removed while a handshake is in progress, after its chain was checked. So the caller
-reads `trust` before the handshake, and `watch` compares.
+A connection whose peer is revoked is cut at once, without the grace.
+
+A root may be removed, or a peer revoked, while a handshake is in progress, after its chain was
+checked. So the caller reads `trust` before the handshake, and `watch` compares.
 
 Times are of the wall clock, like those in certificates. It is checked about once a second, so a
 change of the clock takes effect at once. Nothing is done for each byte. A connection that ends
@@ -28,7 +30,7 @@ from weakref import WeakSet
 from cryptography.x509 import Certificate
 
 from proxy.net.exceptions import ConnectionLost
-from proxy.net.tls.info import Expiry
+from proxy.net.tls.info import Expiry, TLSInfo
 from proxy.net.tls.tls_stream import TLSStream
 
 How = Literal["retired", "cut"]
@@ -42,6 +44,7 @@ EARLY = 1.0
 
 _EXPIRED = "the peer's certificate has expired, and this connection with it"
 _OWN_EXPIRED = "the certificate with which this connection was opened has expired"
+_REVOKED = "the peer was revoked, so this connection ends"
 _UNTRUSTED = "the trust root of the peer's certificate was removed, so this connection ends"
 
 
@@ -66,8 +69,9 @@ class Expiries:
         self._on_end = on_end
         self._clock = clock
         self._minutes: dict[float, WeakSet[TLSStream]] = {}
-        self.trust = 0  # changes with the trust roots
-        self._roots: Collection[Certificate] = ()
+        self.trust = 0  # changes with the trust roots, and with the list of revoked peers
+        self._roots: Collection[Certificate] | None = None
+        self._is_revoked: Callable[[TLSInfo], bool] = lambda _: False
 
     def watch(self, stream: TLSStream, own_end: float = math.inf, *, trust: int) -> None:
         """Watch a connection from now on.
@@ -82,8 +86,11 @@ class Expiries:
         end = min(theirs, own_end)
         stream.expiry = Expiry(end, end - early, _EXPIRED if theirs <= own_end else _OWN_EXPIRED)
         self._file(stream, stream.expiry.retires)
-        if trust != self.trust and stream.info.peer_root not in self._roots:
-            self._distrust(stream, stream.expiry)
+        if trust != self.trust:
+            if self._roots is not None and stream.info.peer_root not in self._roots:
+                self._distrust(stream, stream.expiry)
+            if self._is_revoked(stream.info):
+                self._revoke(stream, stream.expiry)
 
     def _file(self, stream: TLSStream, due: float) -> None:
         minute = due // _MINUTE
@@ -102,6 +109,20 @@ class Expiries:
         for stream in [stream for known in self._minutes.values() for stream in known]:
             if stream.expiry is not None and stream.info.peer_root not in roots:
                 self._distrust(stream, stream.expiry)
+
+    def revoke(self, is_revoked: Callable[[TLSInfo], bool]) -> None:
+        """End the connections to peers for which `is_revoked` is true, now and from now on."""
+        self.trust += 1
+        self._is_revoked = is_revoked
+        for stream in [stream for known in self._minutes.values() for stream in known]:
+            if stream.expiry is not None and is_revoked(stream.info):
+                self._revoke(stream, stream.expiry)
+
+    def _revoke(self, stream: TLSStream, expiry: Expiry) -> None:
+        now = self._clock()
+        expiry.ends = expiry.retires = min(expiry.ends, now - self._grace)
+        expiry.words = _REVOKED
+        self._file(stream, now)
 
     def _distrust(self, stream: TLSStream, expiry: Expiry) -> None:
         now = self._clock()

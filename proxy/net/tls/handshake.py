@@ -175,4 +175,5 @@ def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInf
         sni=sni,
         peer_not_after=chain_end(chain),
         peer_root=chain[-1] if len(chain) > 1 else None,
+        peer_serial=chain[0].serial_number if chain else None,
     )

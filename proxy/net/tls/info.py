@@ -15,7 +15,8 @@ class TLSInfo:
 
     `peer_identity`: what `verify` returned, as text; None without `verify`. `peer_not_after`: when
     the first certificate of the peer's chain expires, in seconds since the epoch; infinity if it
-    presented none. `peer_root`: the trust root of this chain; None: unknown.
+    presented none. `peer_root`: the trust root of this chain; None: unknown. `peer_serial`: the
+    serial number of the peer's certificate; None: it presented none.
     """
 
     version: str
@@ -27,6 +28,7 @@ class TLSInfo:
     sni: str
     peer_not_after: float = math.inf
     peer_root: Certificate | None = None
+    peer_serial: int | None = None
 
 
 class Expiry:
