@@ -32,7 +32,7 @@ from control.config import Settings
 from control.contract import SpiffeId
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.discovery import Discovery, Watching
-from control.identity.authority import SKEW, Authority, World
+from control.identity.authority import Authority, World
 from control.identity.issuer import Issuer
 from control.identity.own import OwnCredentials
 from control.identity.service import IssuingService
@@ -44,6 +44,7 @@ from control.kube.resources import Key
 from control.metrics import Metrics, Parts
 from proxy.directory.channel.messages import ALPN
 from proxy.enrollment.messages import ALPN as ISSUING_ALPN
+from proxy.enrollment.messages import SKEW
 from proxy.identity.identity import Identity, MaterialFiles, TLSSettings
 from proxy.identity.issue import Validity
 from proxy.identity.source import CredentialSource, FileSource, report_expiry

@@ -31,7 +31,7 @@ from control.kube.objects import ObjectReference, UserInfo
 from control.kube.recorder import EventContent, Recorder
 from control.kube.resources import Key
 from control.kube.reviews import review_token, service_account
-from proxy.enrollment.messages import AUDIENCE, Ask, Granted
+from proxy.enrollment.messages import AUDIENCE, SKEW, Ask, Granted
 from proxy.enrollment.token import TokenUnusable, claims_of
 from proxy.identity.credentials import utc_now, when
 from proxy.identity.issue import Validity
@@ -40,8 +40,6 @@ from proxy.settings.declare import Section, number, octets, ratio, seconds
 
 _log = logging.getLogger("isthmus.control")
 
-# A proxy's clock may be slow by this much.
-SKEW = timedelta(minutes=5)
 _POD = "authentication.kubernetes.io/pod-name", "authentication.kubernetes.io/pod-uid"
 
 

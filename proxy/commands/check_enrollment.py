@@ -5,7 +5,7 @@ keep it.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import trio
 
@@ -14,7 +14,7 @@ from proxy.config.schema import Config
 from proxy.config.schema_files import EnrollmentConfig, IdentityConfig
 from proxy.enrollment.client import EnrollmentFailed
 from proxy.enrollment.control_source import ControlCredentials, Place
-from proxy.enrollment.messages import AUDIENCE
+from proxy.enrollment.messages import AUDIENCE, SKEW
 from proxy.enrollment.token import TokenUnusable, expiry, usable_token
 from proxy.identity import credentials
 from proxy.identity.credential_files import MaterialError, read_file
@@ -23,6 +23,7 @@ from proxy.identity.inspect import in_words
 from proxy.net.dial import Dialer
 
 _NAME = "certificates"
+_TOLERATED = 5.0
 
 
 async def check_enrollment(
@@ -47,7 +48,8 @@ async def check_enrollment(
         failure = str(error)
     else:
         what = f"{control.address} issues certificates for {identity.id}: the one of this check"
-        return [*results, check_lifetime(_NAME, what, identity.certificate, now)], identity
+        results.append(check_lifetime(_NAME, what, identity.certificate, now))
+        return [*results, *_clock(identity, credentials.utc_now())], identity
     remedy = (
         "running proxies keep their certificate until it expires; the log of the control plane and"
         " `kubectl describe pod` have the reason of a refusal"
@@ -66,6 +68,23 @@ def _roots(section: IdentityConfig, now: datetime) -> list[Result]:
         check_lifetime(_NAME, f"trust root {credentials.name_of(root)}", root, now)
         for root in roots
     ]
+
+
+def _clock(identity: Identity, now: datetime) -> list[Result]:
+    """Compare this clock with that of the control plane: the new certificate is valid from SKEW
+    before its creation, except if its issuer is that young.
+    """
+    leaf, *above = identity.chain
+    begin = leaf.not_valid_before_utc
+    if any(begin <= authority.not_valid_before_utc for authority in above):
+        return []
+    difference = (begin + SKEW - now).total_seconds()
+    # A certificate has whole seconds, and the answer took a moment.
+    if abs(difference) <= _TOLERATED:
+        return [Result("clock", "ok", "the control plane has the same time")]
+    words = in_words(timedelta(seconds=abs(difference)))
+    what = f"the control plane's clock is {words} {'ahead' if difference > 0 else 'behind'}"
+    return [Result("clock", "warning", what, "synchronise both clocks with NTP")]
 
 
 def _token(control: EnrollmentConfig, now: datetime) -> Result:

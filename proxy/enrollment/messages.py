@@ -12,6 +12,7 @@ A field that the receiver does not know is ignored, so both sides can get new on
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TypeVar
 
 import msgspec
@@ -20,6 +21,8 @@ PATH = "/v1/certificate"
 ALPN = b"http/1.1"
 # The audience that tokens for this exchange have, and no others.
 AUDIENCE = "isthmus.dev/identity"
+# A certificate is valid from this long before its creation: clocks differ.
+SKEW = timedelta(minutes=5)
 # A token has about 1 KiB, and a request for a certificate at most 16 KiB.
 MAX_TOKEN_BYTES = 16 * 1024
 MAX_BODY_BYTES = 48 * 1024

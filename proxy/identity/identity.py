@@ -255,6 +255,11 @@ class Identity:
         return self._material.leaf
 
     @property
+    def chain(self) -> tuple[x509.Certificate, ...]:
+        """Our own verified chain: the leaf first, its trust root last."""
+        return self._material.chain
+
+    @property
     def roots(self) -> tuple[x509.Certificate, ...]:
         """The trust roots in use, without expired ones."""
         return self._material.roots

@@ -77,6 +77,9 @@ class OwnIdentity:
         self._section = section = config.identity
         self._source = _source(section, dial) if section is not None else None
         self._why = ""
+        self._unusable = "cannot use the changed certificate, key or roots"
+        if section is not None and section.source != "files":
+            self._unusable = "cannot renew the certificate, key or roots"
         self._bounded = section is not None and section.end_with_certificate
         grace = section.expiry_grace if section is not None else 0.0
         self.expiries = Expiries(grace, metrics.count_certificate_end, enabled=self._bounded)
@@ -156,9 +159,7 @@ class OwnIdentity:
         self._metrics.count_identity_reload("error")
         self._why = str(error)
         if self.known.is_set():
-            _log.error(
-                "cannot use the changed certificate, key or roots, keeping the old ones: %s", error
-            )
+            _log.error("%s, keeping the old ones: %s", self._unusable, error)
         else:
             _log.error("there is no certificate yet: %s", error)
 

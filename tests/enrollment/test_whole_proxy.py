@@ -8,6 +8,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ import pytest
 import trio
 import yaml
 
+from lab.kube_api.server import ApiServer
 from proxy.app import App
 from proxy.commands import check
 from proxy.config.load import load
 from proxy.identity.identity import Identity
+from proxy.identity.issue import make_root
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.tls.handshake import TLSOffer, tls_client
 from proxy.telemetry.metrics import Metrics
 from tests.kit.apps import HOST, application
 from tests.kit.channel import until
-from tests.kit.issuing import CONTROL, WEB, Issuing
+from tests.kit.issuing import CONTROL, DOMAIN, WEB, Issuing
 from tests.kit.own_identity import port_of
 from tests.kit.workloads import workload
 
@@ -126,10 +129,10 @@ async def test_a_signal_ends_a_proxy_that_waits(issuing: Issuing, port: int) -> 
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def checked(file: Path) -> list[tuple[str, str]]:
-    """Status and finding of each result of `isthmus check --only certificates`."""
+async def checked(file: Path, name: str = "certificates") -> list[tuple[str, str]]:
+    """Status and finding of each result of one check of `isthmus check`."""
     arguments = Namespace(
-        config=file, only=["certificates"], timeout=5.0, probe_port=1, max_peers=1, json=True
+        config=file, only=[name], timeout=5.0, probe_port=1, max_peers=1, json=True
     )
     results = await check.examine(arguments)
     assert json.loads(check._as_json(results))["checks"]
@@ -167,3 +170,27 @@ async def test_check_says_that_the_control_plane_is_away(issuing: Issuing, port:
     failed = (await checked(settings(issuing, port)))[2]
     assert failed[0] == "failed"
     assert "the control plane at 127.0.0.1:1: cannot connect to 127.0.0.1:1" in failed[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, "ok: the control plane has the same time"),
+        (130, "warning: the control plane's clock is 2 minutes"),
+        (-130, "warning: the control plane's clock is 2 minutes"),
+    ],
+)
+async def test_check_compares_the_clocks(
+    tmp_path: Path, nursery: trio.Nursery, port: int, seconds: int, expected: str
+) -> None:
+    skew = timedelta(seconds=seconds)
+    old = make_root(DOMAIN, now=datetime.now(UTC) - timedelta(hours=1))
+    folder = tmp_path / "skewed"
+    folder.mkdir()
+    issuing = Issuing(folder, ApiServer(nursery), old, now=lambda: datetime.now(UTC) + skew)
+    async with issuing.serving():
+        found = await checked(settings(issuing, port), "clock")
+    (result,) = [f"{status}: {what}" for status, what in found if "control plane" in what]
+    assert result.startswith(expected)
+    if seconds:
+        assert result.endswith("ahead" if seconds > 0 else "behind")
