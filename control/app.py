@@ -27,7 +27,7 @@ from pathlib import Path
 import trio
 
 from control.admin import Admin
-from control.channel.server import About, Channel
+from control.channel.server import Announcement, Channel
 from control.config import Settings
 from control.contract import SpiffeId
 from control.discovery.catalog import Catalog, Changes
@@ -37,9 +37,9 @@ from control.identity.issuer import Issuer
 from control.identity.own import OwnCredentials
 from control.identity.service import IssuingService
 from control.kube.client import Client
-from control.kube.leases import Election
+from control.kube.event_recorder import EventContent, EventRecorder
+from control.kube.leader_election import Election
 from control.kube.objects import ObjectReference
-from control.kube.recorder import EventContent, Recorder
 from control.kube.resources import Key
 from control.metrics import Metrics, Parts
 from proxy.directory.channel.messages import ALPN
@@ -113,7 +113,7 @@ class Control:
         self.discovery = Discovery(client, catalog, self._on_changes, settings.discovery, watching)
         lease = config.namespace, settings.lease.name
         self.election = Election(client, lease, config.identity, settings.lease)
-        self.recorder = Recorder(client, CONTROLLER, config.identity, settings.events)
+        self.recorder = EventRecorder(client, CONTROLLER, config.identity, settings.events)
         self.identity: Identity | None = None
         self.channel: Channel | None = None
         self.issuing: IssuingService | None = None
@@ -136,7 +136,7 @@ class Control:
                 self.discovery.catalog,
                 self.identity,
                 settings.channel,
-                About(config.identity, config.channel.networks, config.channel.domain),
+                Announcement(config.identity, config.channel.networks, config.channel.domain),
             )
             self.channel.views.is_current = self.discovery.is_current
             self.discovery.on_current = self.channel.views.answer_withheld
@@ -156,7 +156,7 @@ class Control:
             return known.uid if known is not None else None
 
         # Refusals are reported by the replica that refuses, and not by the leader.
-        recorder = Recorder(self.client, CONTROLLER, self.config.identity, settings.events)
+        recorder = EventRecorder(self.client, CONTROLLER, self.config.identity, settings.events)
         world = World(self.client, recorder, uid_of)
         authority = Authority(self.config.trust_domain, issuer, settings.issuing, world)
         return IssuingService(authority, identity)

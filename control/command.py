@@ -18,8 +18,8 @@ from control.app import ChannelConfig, Control, ControlConfig, IssuingConfig
 from control.config import load
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
+from control.kube.api_errors import AccessError
 from control.kube.client import Client
-from control.kube.errors import AccessError
 from proxy.identity.identity import MaterialError, MaterialFiles
 from proxy.net.accept import BindFailed, bind
 from proxy.net.address import Address

@@ -17,8 +17,8 @@ from control.discovery.discovery import DiscoveryRules
 from control.identity.authority import IssuingLimits
 from control.kube.backoff import BackoffRules
 from control.kube.client import ClientLimits
-from control.kube.leases import LeaseRules
-from control.kube.recorder import RecorderRules
+from control.kube.event_recorder import RecorderRules
+from control.kube.leader_election import LeaseRules
 from control.kube.reflector import WatchRules
 from proxy.settings.declare import Section
 from proxy.settings.document import Mistakes

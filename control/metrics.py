@@ -11,8 +11,8 @@ from control.discovery.discovery import Discovery
 from control.identity.authority import Authority
 from control.identity.service import IssuingService
 from control.kube.client import Client
-from control.kube.leases import Election
-from control.kube.recorder import Recorder
+from control.kube.event_recorder import EventRecorder
+from control.kube.leader_election import Election
 from proxy.metric_families import Families
 
 
@@ -22,7 +22,7 @@ class Parts:
 
     discovery: Discovery
     election: Election
-    recorder: Recorder
+    recorder: EventRecorder
     client: Client
     channel: Channel | None = None
     issuing: IssuingService | None = None

@@ -74,7 +74,7 @@ _END = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class AdminCallbacks:
     """Callbacks of the admin thread. All but `refresh` are called outside the main thread and must
     not block.
 
@@ -96,7 +96,7 @@ class Admin:
         self,
         config: AdminConfig,
         listeners: Sequence[socket.socket],
-        status: Status,
+        status: AdminCallbacks,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -234,7 +234,9 @@ class Admin:
 class _Texts:
     """The rendered metrics, shared by all requests within `max_age` seconds."""
 
-    def __init__(self, status: Status, max_age: float, main: trio.lowlevel.TrioToken) -> None:
+    def __init__(
+        self, status: AdminCallbacks, max_age: float, main: trio.lowlevel.TrioToken
+    ) -> None:
         self._status = status
         self._max_age = max_age
         self._main = main

@@ -39,7 +39,7 @@ from contextlib import suppress
 import trio
 
 from loopguard import OwnListeners
-from proxy.admin import Admin, Status
+from proxy.admin import Admin, AdminCallbacks
 from proxy.balancing.balancer import Balancer
 from proxy.config.schema import Config
 from proxy.config.schema_traffic import GatewayConfig, InboundConfig, OutboundConfig
@@ -54,7 +54,7 @@ from proxy.flows.gateway import gateway
 from proxy.flows.inbound import inbound
 from proxy.flows.loop_guard import LoopGuard
 from proxy.flows.outbound import outbound
-from proxy.flows.runtime import Runtime, Settings
+from proxy.flows.runtime import FlowSettings, Runtime
 from proxy.flows.upstreams import Pools, application_pools, endpoint_pools
 from proxy.identity.identity import Identity
 from proxy.net.accept import Acceptor, Connection
@@ -138,7 +138,7 @@ class App:
     ) -> None:
         self.config, self.spans, self.metrics = config, spans, metrics
         self.drain = Drain(disconnects=Disconnects().open())
-        settings = Settings.of(config, self.drain.pacer)
+        settings = FlowSettings.of(config, self.drain.pacer)
         self.memory = MemoryWatch(
             config, limit_of_container(), settings.downstream.streams, metrics
         )
@@ -241,7 +241,7 @@ class App:
 
     async def run(self, beside: Beside | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `beside` runs during all of it."""
-        status = Status(list, self.not_ready, self.metrics.render, self._refresh)
+        status = AdminCallbacks(list, self.not_ready, self.metrics.render, self._refresh)
         try:
             await self._run(
                 Admin(self.config.admin, self.listeners.admin, status, self.metrics), beside

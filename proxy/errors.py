@@ -162,7 +162,7 @@ class UpstreamTLSError(IsthmusError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ErrorAnswer:
     """One row of the table: how the proxy reports one cause."""
 
     status: int
@@ -173,55 +173,55 @@ class Answer:
     reason: str  # the label of the metric, and the reason in the log
 
 
-INTERNAL = Answer(500, 13, "proxy_internal_error", "internal")
+INTERNAL = ErrorAnswer(500, 13, "proxy_internal_error", "internal")
 
-TABLE: dict[type[BaseException], Answer] = {
-    RequestError: Answer(400, 13, "http_request_error", "bad_request"),
-    RequestTimeout: Answer(408, 4, "http_request_error", "request_timeout"),
-    ClientGone: Answer(
+TABLE: dict[type[BaseException], ErrorAnswer] = {
+    RequestError: ErrorAnswer(400, 13, "http_request_error", "bad_request"),
+    RequestTimeout: ErrorAnswer(408, 4, "http_request_error", "request_timeout"),
+    ClientGone: ErrorAnswer(
         499, 1, "connection_terminated", "client_gone"
     ),  # never sent: nginx logs 499 for this case
-    NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
-    LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
-    NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
-    DirectoryUnavailable: Answer(503, 14, "destination_unavailable", "directory_unavailable"),
-    IdentityUnknown: Answer(503, 14, "destination_unavailable", "identity_unknown"),
-    AllCircuitsOpen: Answer(503, 14, "destination_unavailable", "circuit_open"),
-    QueueFull: Answer(503, 8, "connection_limit_reached", "queue_full"),
-    DeadlineExceeded: Answer(504, 4, "http_response_timeout", "deadline_exceeded"),
-    NotExported: Answer(404, 5, "destination_not_found", "not_exported"),
-    TunnelRefused: Answer(502, 14, "destination_unavailable", "tunnel_refused"),
-    PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),
-    MemoryShort: Answer(503, 8, "connection_limit_reached", "memory_short"),
-    UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
-    UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
-    UpstreamGoaway: Answer(502, 14, "connection_terminated", "upstream_goaway"),
-    UpstreamReset: Answer(502, 14, "http_response_incomplete", "upstream_reset"),
-    UpgradeFailed: Answer(501, 12, "http_upgrade_failed", "upgrade_failed"),
-    UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),
-    ProtocolError: Answer(400, 13, "http_request_error", "bad_request"),
-    ListenerFull: Answer(503, 8, "connection_limit_reached", "listener_full"),
-    ConnectionLost: Answer(502, 14, "connection_terminated", "connection_lost"),
-    NetError: Answer(502, 14, "connection_terminated", "connection_lost"),
+    NotAuthorised: ErrorAnswer(403, 7, "http_request_denied", "identity_required"),
+    LoopDetected: ErrorAnswer(508, 10, "proxy_loop_detected", "loop"),
+    NoEndpoint: ErrorAnswer(503, 14, "destination_unavailable", "no_endpoint"),
+    DirectoryUnavailable: ErrorAnswer(503, 14, "destination_unavailable", "directory_unavailable"),
+    IdentityUnknown: ErrorAnswer(503, 14, "destination_unavailable", "identity_unknown"),
+    AllCircuitsOpen: ErrorAnswer(503, 14, "destination_unavailable", "circuit_open"),
+    QueueFull: ErrorAnswer(503, 8, "connection_limit_reached", "queue_full"),
+    DeadlineExceeded: ErrorAnswer(504, 4, "http_response_timeout", "deadline_exceeded"),
+    NotExported: ErrorAnswer(404, 5, "destination_not_found", "not_exported"),
+    TunnelRefused: ErrorAnswer(502, 14, "destination_unavailable", "tunnel_refused"),
+    PoolExhausted: ErrorAnswer(503, 8, "connection_limit_reached", "pool_exhausted"),
+    MemoryShort: ErrorAnswer(503, 8, "connection_limit_reached", "memory_short"),
+    UpstreamProtocolError: ErrorAnswer(502, 13, "http_protocol_error", "upstream_protocol"),
+    UpstreamClosed: ErrorAnswer(502, 14, "connection_terminated", "upstream_closed"),
+    UpstreamGoaway: ErrorAnswer(502, 14, "connection_terminated", "upstream_goaway"),
+    UpstreamReset: ErrorAnswer(502, 14, "http_response_incomplete", "upstream_reset"),
+    UpgradeFailed: ErrorAnswer(501, 12, "http_upgrade_failed", "upgrade_failed"),
+    UpstreamTimeout: ErrorAnswer(504, 4, "http_response_timeout", "upstream_timeout"),
+    ProtocolError: ErrorAnswer(400, 13, "http_request_error", "bad_request"),
+    ListenerFull: ErrorAnswer(503, 8, "connection_limit_reached", "listener_full"),
+    ConnectionLost: ErrorAnswer(502, 14, "connection_terminated", "connection_lost"),
+    NetError: ErrorAnswer(502, 14, "connection_terminated", "connection_lost"),
 }
 
-_CONNECT: dict[str, Answer] = {
-    "refused": Answer(502, 14, "connection_refused", "connect_refused"),
-    "timeout": Answer(504, 14, "connection_timeout", "connect_timeout"),
-    "unreachable": Answer(502, 14, "destination_ip_unroutable", "connect_unreachable"),
-    "reset": Answer(502, 14, "connection_terminated", "connect_reset"),
-    "local": Answer(503, 14, "proxy_internal_error", "connect_local"),
+_CONNECT: dict[str, ErrorAnswer] = {
+    "refused": ErrorAnswer(502, 14, "connection_refused", "connect_refused"),
+    "timeout": ErrorAnswer(504, 14, "connection_timeout", "connect_timeout"),
+    "unreachable": ErrorAnswer(502, 14, "destination_ip_unroutable", "connect_unreachable"),
+    "reset": ErrorAnswer(502, 14, "connection_terminated", "connect_reset"),
+    "local": ErrorAnswer(503, 14, "proxy_internal_error", "connect_local"),
 }
-_CONNECT_OTHER = Answer(502, 14, "connection_refused", "connect_failed")
+_CONNECT_OTHER = ErrorAnswer(502, 14, "connection_refused", "connect_failed")
 
-_TLS: dict[str, Answer] = {
-    "certificate": Answer(502, 14, "tls_certificate_error", "tls_certificate"),
-    "clear_text": Answer(502, 14, "destination_ip_prohibited", "clear_text_refused"),
-    "alert": Answer(502, 14, "tls_alert_received", "tls_alert"),
-    "timeout": Answer(504, 14, "connection_timeout", "tls_timeout"),
-    "lost": Answer(502, 14, "tls_protocol_error", "tls_lost"),
+_TLS: dict[str, ErrorAnswer] = {
+    "certificate": ErrorAnswer(502, 14, "tls_certificate_error", "tls_certificate"),
+    "clear_text": ErrorAnswer(502, 14, "destination_ip_prohibited", "clear_text_refused"),
+    "alert": ErrorAnswer(502, 14, "tls_alert_received", "tls_alert"),
+    "timeout": ErrorAnswer(504, 14, "connection_timeout", "tls_timeout"),
+    "lost": ErrorAnswer(502, 14, "tls_protocol_error", "tls_lost"),
 }
-_TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
+_TLS_OTHER = ErrorAnswer(502, 14, "tls_protocol_error", "tls_protocol")
 
 
 # The reasons that a proxy reports to a verified peer in the field `FAILURE` (wire/messages.py) when
@@ -243,7 +243,7 @@ BROKEN = frozenset(TABLE[kind].reason for kind in (UpstreamClosed, UpstreamReset
 REPORTED = BROKEN.union(UNDELIVERED)
 
 
-def describe(error: BaseException) -> Answer:
+def describe(error: BaseException) -> ErrorAnswer:
     """The row for `error`. An error that the table does not have is an internal error."""
     if isinstance(error, Undelivered):
         return UNDELIVERED.get(error.reason, _CONNECT_OTHER)
@@ -258,12 +258,12 @@ def describe(error: BaseException) -> Answer:
             return (
                 answer
                 if status == answer.status
-                else Answer(status, answer.grpc_status, answer.proxy_status, answer.reason)
+                else ErrorAnswer(status, answer.grpc_status, answer.proxy_status, answer.reason)
             )
     return INTERNAL
 
 
-def broken_off(answer: Answer) -> Answer:
+def broken_off(answer: ErrorAnswer) -> ErrorAnswer:
     """The row for a failure after the response has started. A server that stops sending in the
     middle is treated like one whose connection broke. The limit that expired is the proxy's, so a
     gRPC client must not take it for its own deadline."""

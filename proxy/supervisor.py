@@ -52,7 +52,7 @@ import msgspec
 import trio
 
 import proxy
-from proxy.admin import Admin, Status
+from proxy.admin import Admin, AdminCallbacks
 from proxy.config.schema import Config
 from proxy.errors import StartError
 from proxy.net.accept import BindFailed, bind, bind_datagrams
@@ -66,7 +66,7 @@ from proxy.workers.protocol import (
     QUESTION,
     ProcessGone,
     Start,
-    State,
+    WorkerState,
     receive,
     send,
     share,
@@ -135,7 +135,7 @@ class Life:
 
     process: trio.Process
     pipe: trio.SocketStream
-    state: State | None = None  # the last state received; None while it is starting
+    state: WorkerState | None = None  # the last state received; None while it is starting
     question_open: bool = False
     missed: int = 0  # `poll` calls since the unanswered question
     answered: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
@@ -161,14 +161,14 @@ class Life:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the process has ended; `_life` handles that
 
-    async def listen(self, start: Start, on_state: Callable[[State], None]) -> None:
+    async def listen(self, start: Start, on_state: Callable[[WorkerState], None]) -> None:
         """Send a new process its `Start`, then receive its states until it ends."""
         try:
             await send(self.pipe, start_message(start))
             self.question_open = True
             await self.pipe.send_all(QUESTION)
             while True:
-                self.state = msgspec.msgpack.decode(await receive(self.pipe), type=State)
+                self.state = msgspec.msgpack.decode(await receive(self.pipe), type=WorkerState)
                 self.question_open, self.missed = False, 0
                 on_state(self.state)
                 self.answered.unpark_all()
@@ -244,7 +244,7 @@ class Supervisor:
         """Run until all workers have ended after a signal, or the first one cannot start. Returns
         the exit code.
         """
-        status = Status(self.not_alive, self.not_ready, self.render, self._refresh)
+        status = AdminCallbacks(self.not_alive, self.not_ready, self.render, self._refresh)
         admin = Admin(self.config.admin, self._admin, status, self._metrics)
         _log.info("%d workers", len(self.workers))
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -345,7 +345,7 @@ class Supervisor:
                 life.answered.unpark_all()
         return process.returncode or 0
 
-    def _hear(self, worker: Worker, state: State) -> None:
+    def _hear(self, worker: Worker, state: WorkerState) -> None:
         self._totals.take(worker.number, state.reading)
         if not worker.served.is_set():
             _log.info("worker %d is serving", worker.number)

@@ -24,8 +24,8 @@ from proxy.workers.merged_metrics import reading
 from proxy.workers.protocol import (
     QUESTION,
     ProcessGone,
-    State,
     WorkerInfo,
+    WorkerState,
     read_start,
     receive,
     send,
@@ -79,7 +79,7 @@ def _state(app: App) -> bytes:
     """This worker's state, encoded. Collecting takes milliseconds, so it must not run on the data
     path's thread.
     """
-    return msgspec.msgpack.encode(State(app.not_ready(), reading(app.metrics.registry)))
+    return msgspec.msgpack.encode(WorkerState(app.not_ready(), reading(app.metrics.registry)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from proxy.config import load as config
 from proxy.config.schema import Config
 from proxy.directory.clusters import GATEWAY_PORT
 from proxy.enrollment.messages import AUDIENCE
-from proxy.errors import Answer
+from proxy.errors import ErrorAnswer
 from proxy.intercept.nftables import InterceptSettings
 from proxy.settings.units import GrpcCode
 from proxy.telemetry import metrics
@@ -53,7 +53,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def answers() -> Iterator[Answer]:
+def answers() -> Iterator[ErrorAnswer]:
     """Every row that errors.describe can return."""
     yield from errors.TABLE.values()
     yield from errors._CONNECT.values()

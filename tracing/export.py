@@ -29,7 +29,7 @@ from opentelemetry.trace import (
     TraceState,
 )
 
-from tracing.otlp import Answer, Collector, Post
+from tracing.otlp import Collector, CollectorResponse, Post
 from tracing.queue import TAKEN, Exporter, Outcome
 from tracing.spans import Kind, Record, describe
 from tracing.w3c import parse_state
@@ -126,7 +126,7 @@ class OtlpExporter:
 
     def send(self, seconds: float) -> Outcome:
         found = self._post.send(b"".join(self._batch), seconds)
-        if not isinstance(found, Answer):
+        if not isinstance(found, CollectorResponse):
             return found
         try:
             answer = self._response.FromString(found.body)

@@ -48,7 +48,7 @@ class Collector:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CollectorResponse:
     """A complete answer with a 2xx status."""
 
     body: bytes
@@ -76,7 +76,7 @@ class Post:
             context.load_cert_chain(collector.client_certificate, collector.client_key)
         return context
 
-    def send(self, body: bytes, seconds: float) -> Outcome | Answer:
+    def send(self, body: bytes, seconds: float) -> Outcome | CollectorResponse:
         """Send one request, with `seconds` until the complete answer.
 
         If a reused connection turns out to be dead, the request is repeated once on a new one.
@@ -95,7 +95,7 @@ class Post:
             self.close()
             return _broken(error, self._collector.endpoint)
 
-    def _request(self, body: bytes, deadline: float) -> Outcome | Answer:
+    def _request(self, body: bytes, deadline: float) -> Outcome | CollectorResponse:
         connection, timed = self._connected(deadline)
         timed.deadline = deadline
         headers = {
@@ -112,7 +112,7 @@ class Post:
             response.close()  # the rest of the answer is not needed
             self.close()
         if 200 <= response.status < 300:
-            return Answer(answer)
+            return CollectorResponse(answer)
         words = f"{self._collector.endpoint} answered {response.status} {response.reason}"
         again = response.status in _AGAIN
         after = retry_after(response.getheader("Retry-After")) if again else 0.0

@@ -31,7 +31,7 @@ _TRACEPARENT = b"\ntraceparent: "
 
 
 @dataclass(slots=True)
-class Carried:
+class ExtractedContext:
     """A context (replaced by ours after the write), and the formats that carry it."""
 
     context: TraceContext
@@ -90,17 +90,17 @@ def _several(lower: bytes) -> bool:
     return others or lower.count(b"traceparent:") > 1
 
 
-def extract(fields: list[Field]) -> Carried | None:
+def extract(fields: list[Field]) -> ExtractedContext | None:
     """Return the context of a request. None: there is no valid one."""
     places = locate(fields)
     return extract_at(places, fields) if places else None
 
 
-def extract_at(places: Places, fields: list[Field]) -> Carried | None:
+def extract_at(places: Places, fields: list[Field]) -> ExtractedContext | None:
     """Return the context of a request with these positions of the trace headers, or None."""
     if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # the usual case
         found = W3C.read(places, fields)
-        return Carried(found, STANDARD, places) if found is not None else None
+        return ExtractedContext(found, STANDARD, places) if found is not None else None
     context: TraceContext | None = None
     formats: tuple[Format, ...] = ()
     for candidate in FORMATS:
@@ -111,7 +111,7 @@ def extract_at(places: Places, fields: list[Field]) -> Carried | None:
             context, formats = found, (candidate,)
         elif _same(context.trace_id, found.trace_id):
             formats = (*formats, candidate)
-    return Carried(context, formats, places) if context is not None else None
+    return ExtractedContext(context, formats, places) if context is not None else None
 
 
 def _same(one: bytes, other: bytes) -> bool:
@@ -121,7 +121,7 @@ def _same(one: bytes, other: bytes) -> bool:
     return one[16:] == other[16:] and one[16:] != b"" and b"0" * 16 in (one[:16], other[:16])
 
 
-def replace(fields: list[Field], carried: Carried, child: TraceContext) -> None:
+def replace(fields: list[Field], carried: ExtractedContext, child: TraceContext) -> None:
     """Replace the context that was extracted from `fields` by `child`, in place.
 
     The positions are determined again, because fields may have been added since.

@@ -79,7 +79,7 @@ class QueueSettings:
     timeout: float = 10.0
 
 
-class Counts(Protocol):
+class ExportCounts(Protocol):
     """Counts spans and attempts. Called from both threads."""
 
     def dropped(self, reason: str, spans: int) -> None: ...
@@ -98,7 +98,7 @@ class SpanQueue:
         self,
         build: Callable[[], Exporter],
         settings: QueueSettings,
-        counts: Counts,
+        counts: ExportCounts,
         complain: Callable[[str], None],
     ) -> None:
         self._build = build

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from tracing.context import REPEATED, Field, TraceContext
 from tracing.propagation import (
-    Carried,
+    ExtractedContext,
     begin,
     drop_standard,
     extract,
@@ -106,7 +106,7 @@ class Tracer:
         fields.append((b"traceparent", traceparent(carried.context)))
         return self.begin(fields)
 
-    def _go_on(self, fields: list[Field], carried: Carried) -> Trace | None:
+    def _go_on(self, fields: list[Field], carried: ExtractedContext) -> Trace | None:
         """Return the trace of a request that arrived with a context."""
         context = carried.context
         trace_id = context.trace_id or b"%032x" % (self._bits(128) or 1)

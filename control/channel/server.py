@@ -2,15 +2,15 @@
 
 Each connection has two tasks. One reads messages; the other sends what has changed. A connection
 ends when the proxy violates the protocol, is silent for three heartbeats, or reads nothing for
-`write_timeout`. One that asks for too many entries is read later. A connection also ends after
-`max_age` (varied at random), and when the proxy's certificate expires: the proxy returns at once,
-and loses nothing. So the proxies spread over the replicas again after one of them was restarted,
-and a proxy whose certificate is not renewed is not served.
+`write_timeout`. If a proxy asks for too many entries, its messages are read later. A connection
+also ends after `max_age` (varied at random), and when the proxy's certificate expires: the proxy
+returns at once, and loses nothing. So the proxies spread over the replicas again after one of them
+was restarted, and a proxy whose certificate is not renewed is not served.
 
 Only clients with a certificate of the trust domain are accepted. Where a proxy runs is what
 discovery knows of the pod at its address, if that pod has the identity of the certificate.
-Otherwise it is what the proxy says; a wrong place gives it the endpoints of that place. Its
-namespace is that of its certificate.
+Otherwise it is what the proxy says; a wrong place gives it the endpoints of that place. The
+namespace of the proxy is that of its certificate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from control.channel.session import Session
 from control.channel.views import Views
 from control.contract import SpiffeId
 from control.discovery.catalog import Catalog, Changes
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.directory.channel.messages import (
     MOST_FROM_PROXY,
     ChannelError,
@@ -149,7 +149,7 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class Announcement:
     """What the control plane announces to proxies. `replica`: the name of this one. `networks`
     (CIDR) and `domain` of the cluster."""
 
@@ -162,7 +162,7 @@ class Channel:
     """Serves the entries of `catalog`."""
 
     def __init__(
-        self, catalog: Catalog, identity: Identity, limits: ChannelLimits, about: About
+        self, catalog: Catalog, identity: Identity, limits: ChannelLimits, about: Announcement
     ) -> None:
         self.limits = limits
         self.counts = ChannelCounts()
@@ -237,9 +237,9 @@ class Channel:
             (self._proxies[proxy], limits.max_connections_per_proxy, "proxy"),
         ):
             if count >= most:
-                words = f"more than {most} connections (channel.max_connections_per_{name})"
-                await self.say_goodbye(stream, words)
-                raise Ended("limit", f"{peer} at {stream.peer.host} has {words}")
+                reason = f"more than {most} connections (channel.max_connections_per_{name})"
+                await self.say_goodbye(stream, reason)
+                raise Ended("limit", f"{peer} at {stream.peer.host} has {reason}")
         self._identities[peer] += 1
         self._proxies[proxy] += 1
         self.counts.accepted += 1

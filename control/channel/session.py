@@ -7,7 +7,7 @@ when the connection can be written, so a slow reader gets the newest one, and co
 from __future__ import annotations
 
 from control.channel.views import Topic, Views
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.directory.channel.messages import (
     MOST_KEYS,
     ChannelError,

@@ -5,8 +5,8 @@ only if the service has topology hints or internalTrafficPolicy Local. So nearly
 content for all proxies, and proxies of one zone or node share the others. The content is encoded
 with its frame, and all connections send the same bytes.
 
-The content of the bare address of an endpoint depends on the namespace of the proxy if a slice
-lists an address that belongs to no pod: its tenant must not change what others find there.
+A slice may list an address that belongs to no pod. Then the content of this bare address depends on
+the namespace of the proxy: the tenant must not change what proxies of other namespaces get.
 
 A topic knows which services it was made of. When one of them changes, its contents are dropped, and
 computed again when a follower is to be sent something.
@@ -25,7 +25,7 @@ from typing import Protocol
 from control.contract import LABEL, Hint, normalised
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
-from control.discovery.views import Place, usable
+from control.discovery.usable_endpoints import Place, usable
 from control.kube.resources import Key
 from proxy.directory.channel.messages import Update, frame, version_of
 from proxy.directory.channel.views import (

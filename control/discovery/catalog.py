@@ -17,10 +17,11 @@ connect to the bare address for their own reasons, must not notice.
 Addresses whose identity is unknown. Slices, Services and pods are watched separately. So a slice
 may name a pod that is not known yet, and clients find its address by DNS at once. Such an address
 must not look like one that the mesh does not have, or it would get clear text. `unknown` has these
-addresses. They fail for clients of the slice's namespace, and for all others only if nothing but
-pods has such addresses: otherwise a tenant could block any address by a slice with a pod that does
-not exist. These are the cluster's networks as configured. If none are configured, these are the
-networks of pods that are known: /24 for IPv4, /64 for IPv6.
+addresses. Connections to them fail for clients of the slice's namespace. For all other clients they
+fail only in networks where nothing but pods has addresses. Otherwise a tenant could block any
+address, by a slice that names a pod that does not exist. These networks are the cluster's networks
+as configured. If none are configured, they are the networks of known pods: /24 for IPv4, /64 for
+IPv6.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ class Catalog:
         if (
             before is None
             or fact is None
-            or (before.identity, before.careful, before.created, before.uid)
-            != (fact.identity, fact.careful, fact.created, fact.uid)
+            or (before.identity, before.identity_unreadable, before.created, before.uid)
+            != (fact.identity, fact.identity_unreadable, fact.created, fact.uid)
         ):
             for part in self._parts.get(key, ()):
                 self._touch_shared(self._slices[part])
@@ -250,7 +251,7 @@ class Catalog:
                 self._owned.move(key, _clustered(before), _clustered(entry))
                 served = self._serving.move(key, _served(before), _served(entry))
                 fact = self._services.get(key)
-                if fact is not None and (fact.careful or fact.identity is not None):
+                if fact is not None and (fact.identity_unreadable or fact.identity is not None):
                     moved.update(dict.fromkeys(served))
         for address in moved:
             pod = self._pod_entry(address)
@@ -323,7 +324,9 @@ class Catalog:
             if namespace in pending:
                 continue
             service = self._services.get(fact.service)
-            wants = service is not None and (service.careful or service.identity is not None)
+            wants = service is not None and (
+                service.identity_unreadable or service.identity is not None
+            )
             for target in self._targets(part)[address]:
                 if target is None:
                     if service is None:
@@ -374,14 +377,14 @@ class Catalog:
         for key in sorted(self._serving.at(address)):
             yield self.services[key]
 
-    # Lookups for judge.py (the World protocol)
+    # Lookups for judge.py (the ClusterView protocol)
 
     def pod_of(self, key: Key) -> PodFact | None:
-        """See judge.World."""
+        """See judge.ClusterView."""
         return self._pods.get(key)
 
     def holder(self, address: str) -> tuple[Key, PodFact] | None:
-        """See judge.World."""
+        """See judge.ClusterView."""
         keys = self._holders.at(address)
         if not keys:
             return None
@@ -393,15 +396,15 @@ class Catalog:
         return key, self._pods[key]
 
     def is_cluster_address(self, address: str) -> bool:
-        """See judge.World."""
+        """See judge.ClusterView."""
         return bool(self._owners.at(address))
 
     def is_host(self, address: str) -> bool:
-        """See judge.World."""
+        """See judge.ClusterView."""
         return bool(self._hosts.at(address))
 
     def external(self, address: str, namespace: str) -> SpiffeId | None:
-        """See judge.World."""
+        """See judge.ClusterView."""
         key = address, namespace
         if key in self._externals:
             return self._externals[key]
@@ -420,14 +423,14 @@ class Catalog:
             service = self._services.get(key)
             if (
                 service is None
-                or service.careful
+                or service.identity_unreadable
                 or (service.identity is not None and self.is_host(address))
             ):
                 continue
             yield service
 
     def zone(self, node: str) -> str:
-        """See judge.World."""
+        """See judge.ClusterView."""
         return self._zones.get(node, "")
 
 

@@ -20,7 +20,7 @@ class EndpointEntry(Entry, frozen=True):
     `identity`: the only peer that is accepted there, except on `skip_ports`; None: clear text.
     `ports`: pairs of a service port and the endpoint's own port for it. `outside`: no pod vouches
     for the address, so others than the clients of the service must not believe what it says about
-    it. views.py uses the other fields.
+    it. usable_endpoints.py uses the other fields.
     """
 
     address: str

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from control.contract import ADMIN_PORT, Hint, SpiffeId, SpiffeIdError
-from control.discovery import marks
+from control.discovery import metadata
 from control.kube.objects import EndpointSlice, PartialObjectMetadata, Pod, Service, SliceEndpoint
 from control.kube.resources import Key
 
@@ -24,7 +24,7 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
 class PodFact(Fact, frozen=True):
     """A pod that may be running. `account`: its service account, which the API server has checked.
-    `skip_ports`: see marks.py. `problems`: values that cannot be read, as texts for people.
+    `skip_ports`: see metadata.py. `problems`: values that cannot be read, as texts for people.
     """
 
     uid: str
@@ -51,8 +51,8 @@ class PortFact(Fact, frozen=True):
 
 class ServiceFact(Fact, frozen=True):
     """A service. `local`: clients may use only endpoints on their own node. `identity`: the
-    identity of endpoints that are not pods. `careful`: the annotation for it is set but cannot be
-    read. `exported`: clients of other clusters may use it.
+    identity of endpoints that are not pods. `identity_unreadable`: the annotation for it is set but
+    cannot be read. `exported`: clients of other clusters may use it.
     """
 
     uid: str
@@ -61,7 +61,7 @@ class ServiceFact(Fact, frozen=True):
     ports: tuple[PortFact, ...]
     local: bool = False
     identity: SpiffeId | None = None
-    careful: bool = False
+    identity_unreadable: bool = False
     problems: tuple[str, ...] = ()
     exported: bool = False
 
@@ -106,14 +106,16 @@ def pod_fact(pod: Pod) -> PodFact | None:
     if pod.status.phase in ("Succeeded", "Failed"):
         return None
     meta, spec = pod.metadata, pod.spec
-    meshed = not spec.host_network and marks.is_meshed(meta.labels or {})
+    meshed = not spec.host_network and metadata.is_meshed(meta.labels or {})
     skip_ports = _ADMIN_ONLY
     problems: tuple[str, ...] = ()
     if meshed:
         try:
-            skip_ports = _same(marks.skipped_ports(meta.annotations or {}))
-        except marks.MarkError as error:
-            problems = (f"pod {meta.name}: {marks.SKIP_INBOUND_PORTS} or {marks.ADMIN}: {error}",)
+            skip_ports = _same(metadata.skipped_ports(meta.annotations or {}))
+        except metadata.MetadataError as error:
+            problems = (
+                f"pod {meta.name}: {metadata.SKIP_INBOUND_PORTS} or {metadata.ADMIN}: {error}",
+            )
     given = (canonical(entry.ip) for entry in pod.status.pod_ips or ())
     ips = tuple(ip for ip in given if ip is not None)
     account = spec.service_account_name or "default"
@@ -141,16 +143,16 @@ def service_fact(service: Service) -> ServiceFact | None:
     annotations, problems = meta.annotations or {}, []
     opaque: frozenset[int] = frozenset()
     try:
-        opaque = marks.port_list(annotations.get(marks.OPAQUE_PORTS, ""))
-    except marks.MarkError as error:
-        problems.append(f"{marks.OPAQUE_PORTS}: {error}")
-    identity, careful = None, False
-    if marks.ENDPOINT_IDENTITY in annotations:
+        opaque = metadata.port_list(annotations.get(metadata.OPAQUE_PORTS, ""))
+    except metadata.MetadataError as error:
+        problems.append(f"{metadata.OPAQUE_PORTS}: {error}")
+    identity, identity_unreadable = None, False
+    if metadata.ENDPOINT_IDENTITY in annotations:
         try:
-            identity = SpiffeId.parse(annotations[marks.ENDPOINT_IDENTITY])
+            identity = SpiffeId.parse(annotations[metadata.ENDPOINT_IDENTITY])
         except SpiffeIdError as error:
-            careful = True
-            problems.append(f"{marks.ENDPOINT_IDENTITY}: {error}")
+            identity_unreadable = True
+            problems.append(f"{metadata.ENDPOINT_IDENTITY}: {error}")
     ports: dict[int, PortFact] = {}
     for port in spec.ports or ():
         if port.protocol == "TCP" and 1 <= port.port <= 65535:
@@ -159,7 +161,7 @@ def service_fact(service: Service) -> ServiceFact | None:
                 if isinstance(port.target_port, int) and port.target_port > 0
                 else port.port
             )
-            protocol = Hint.OPAQUE if port.port in opaque else marks.hint(port.app_protocol)
+            protocol = Hint.OPAQUE if port.port in opaque else metadata.hint(port.app_protocol)
             ports.setdefault(port.port, PortFact(port.name or "", port.port, target, protocol))
     given = (canonical(ip) for ip in spec.cluster_ips or (spec.cluster_ip,))
     addresses = tuple(ip for ip in given if ip is not None)
@@ -172,16 +174,16 @@ def service_fact(service: Service) -> ServiceFact | None:
         tuple(ports.values()),
         local,
         identity,
-        careful,
+        identity_unreadable,
         tuple(problems),
-        marks.is_exported(meta.labels or {}),
+        metadata.is_exported(meta.labels or {}),
     )
 
 
 def slice_fact(found: EndpointSlice) -> SliceFact | None:
     """The fact of a slice. None: it belongs to no service, or has names instead of addresses."""
     meta = found.metadata
-    name = (meta.labels or {}).get(marks.SERVICE_NAME, "")
+    name = (meta.labels or {}).get(metadata.SERVICE_NAME, "")
     if not name or found.address_type not in ("IPv4", "IPv6"):
         return None
     ports = tuple(
@@ -213,7 +215,7 @@ def slice_fact(found: EndpointSlice) -> SliceFact | None:
 
 def node_zone(node: PartialObjectMetadata) -> str | None:
     """The zone of a node. None: it has no zone label."""
-    return (node.metadata.labels or {}).get(marks.ZONE) or None
+    return (node.metadata.labels or {}).get(metadata.ZONE) or None
 
 
 # The most problems that are reported of one slice. More would not help a reader, and would fill

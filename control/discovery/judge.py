@@ -73,38 +73,38 @@ class Refusal(NamedTuple):
 
 
 def judge(
-    endpoint: EndpointFact, namespace: str, service: ServiceFact, world: ClusterView
+    endpoint: EndpointFact, namespace: str, service: ServiceFact, cluster: ClusterView
 ) -> ExpectedPeer | Refusal:
     """Return which identity is expected at an endpoint of a service of `namespace`."""
     address = endpoint.address
-    if world.is_cluster_address(address):
+    if cluster.is_cluster_address(address):
         return Refusal(f"{address} is the cluster address of a service")
-    holder = world.holder(address)
+    holder = cluster.holder(address)
     if endpoint.target is not None:
-        return _named(endpoint, namespace, holder, world)
+        return _named(endpoint, namespace, holder, cluster)
     if holder is not None:
         (owner, _), pod = holder
         if owner != namespace:
             return Refusal(f"{address} is the address of a pod of another namespace, {owner}")
-        return _of(pod, owner, world)
-    if service.careful:
+        return _of(pod, owner, cluster)
+    if service.identity_unreadable:
         return Refusal(f"{address} needs the identity of an annotation that cannot be parsed")
-    if service.identity is not None and world.is_host(address):
+    if service.identity is not None and cluster.is_host(address):
         return Refusal(f"{address} is the address of a node, whose pods have no identity there")
-    if world.external(address, namespace) != service.identity:
+    if cluster.external(address, namespace) != service.identity:
         return Refusal(f"an older service expects another identity at {address}")
     return ExpectedPeer(service.identity, _NO_PORTS, outside=True)
 
 
 def _named(
-    endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: ClusterView
+    endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, cluster: ClusterView
 ) -> ExpectedPeer | Refusal:
     """Judge an endpoint that names a pod."""
     address = endpoint.address
     space, name, uid = endpoint.target or ("", "", "")
     if space != namespace:
         return Refusal(f"{address} names a pod of another namespace, {space}/{name}")
-    pod = world.pod_of((space, name))
+    pod = cluster.pod_of((space, name))
     if pod is None or (uid and uid != pod.uid):
         # Not seen yet, or gone already: the slice or the pod is slightly out of date.
         return Refusal("")
@@ -112,13 +112,13 @@ def _named(
         return Refusal(f"{address} is not an address of the pod {name}" if pod.ips else "")
     if not pod.host_network and (holder is None or holder[0] != (space, name)):
         return Refusal(f"{address} is the address of another pod")
-    return _of(pod, space, world)
+    return _of(pod, space, cluster)
 
 
-def _of(pod: PodFact, namespace: str, world: ClusterView) -> ExpectedPeer | Refusal:
+def _of(pod: PodFact, namespace: str, cluster: ClusterView) -> ExpectedPeer | Refusal:
     if not pod.meshed:
         return ExpectedPeer(None, _NO_PORTS)
-    identity = world.identity(namespace, pod.account)
+    identity = cluster.identity(namespace, pod.account)
     if identity is None:
         return Refusal(
             f"a pod of the service account {pod.account} cannot have an identity: its name is too"

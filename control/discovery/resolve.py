@@ -30,7 +30,7 @@ def resolve(
     service: ServiceFact,
     addresses: tuple[str, ...],
     slices: Iterable[SliceFact],
-    world: ClusterView,
+    cluster: ClusterView,
 ) -> tuple[ServiceEntry, tuple[str, ...]]:
     """Return the entry of a service and its problems, as texts for people.
 
@@ -48,7 +48,7 @@ def resolve(
         problems += part.problems
         numbers = tuple(sorted(_ports(service, part)))
         for endpoint in part.endpoints:
-            who = judge(endpoint, key[0], service, world)
+            who = judge(endpoint, key[0], service, cluster)
             if isinstance(who, Refusal):
                 problems += [who.why] if who.why else []
                 continue
@@ -60,7 +60,7 @@ def resolve(
                     joined[both] = tuple(sorted({**dict(known), **dict(numbers)}.items()))
                 ports[endpoint.address] = joined[both]
     endpoints = tuple(
-        _entry(endpoint, who, ports[address], world)
+        _entry(endpoint, who, ports[address], cluster)
         for address, (endpoint, who) in sorted(newest.items(), key=lambda item: item[0])
     )
     listed = tuple(PortEntry(port.port, port.target, port.protocol) for port in service.ports)
@@ -78,7 +78,7 @@ def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:
 
 
 def _entry(
-    endpoint: EndpointFact, who: ExpectedPeer, ports: _Ports, world: ClusterView
+    endpoint: EndpointFact, who: ExpectedPeer, ports: _Ports, cluster: ClusterView
 ) -> EndpointEntry:
     return EndpointEntry(
         endpoint.address,
@@ -87,7 +87,7 @@ def _entry(
         ports,
         endpoint.state,
         endpoint.node,
-        endpoint.zone or world.zone(endpoint.node),
+        endpoint.zone or cluster.zone(endpoint.node),
         endpoint.hostname,
         endpoint.zones,
         endpoint.nodes,

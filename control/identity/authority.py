@@ -25,10 +25,10 @@ import trio
 from control.contract import SpiffeId, SpiffeIdError
 from control.identity.issuer import Issuer, NoIssuer
 from control.identity.rate_limit import RateLimit
+from control.kube.api_errors import KubeError
 from control.kube.client import Client
-from control.kube.errors import KubeError
+from control.kube.event_recorder import EventContent, EventRecorder
 from control.kube.objects import ObjectReference, UserInfo
-from control.kube.recorder import EventContent, Recorder
 from control.kube.resources import Key
 from control.kube.reviews import review_token, service_account
 from proxy.enrollment.messages import AUDIENCE, SKEW, Ask, Granted
@@ -120,7 +120,7 @@ class World:
     `clock`: the wall clock."""
 
     client: Client
-    recorder: Recorder
+    recorder: EventRecorder
     uid_of: Callable[[Key], str | None]
     clock: Callable[[], datetime] = utc_now
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import msgspec
 import trio
 
-from control.kube.errors import AccessError
+from control.kube.api_errors import AccessError
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Seconds before a file is read again: the default of the setting `api.credentials_interval`. A

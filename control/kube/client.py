@@ -23,9 +23,9 @@ import trio
 
 from control.kube import objects
 from control.kube.access import FRESH, Access
+from control.kube.api_errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.backoff import Backoff, BackoffRules
-from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
-from control.kube.http import Connection, Head, Request, keep_alive
+from control.kube.http import ApiConnection, Head, Request, keep_alive
 from control.kube.objects import Page, Status
 from control.kube.resources import Resource, decode
 from proxy.settings.declare import Section, number, octets, seconds
@@ -156,10 +156,10 @@ async def connect(access: Access) -> trio.abc.Stream:
     return secured
 
 
-class Answer:
+class WatchResponse:
     """The response to a watch. An async context manager that owns the connection."""
 
-    def __init__(self, connection: Connection, head: Head) -> None:
+    def __init__(self, connection: ApiConnection, head: Head) -> None:
         self._connection = connection
         self.head = head
 
@@ -200,7 +200,7 @@ class Client:
         self._dial = dial
         self._chance = chance
         self._slots = trio.CapacityLimiter(self.limits.max_connections)
-        self._kept: list[tuple[Connection, float]] = []
+        self._kept: list[tuple[ApiConnection, float]] = []
 
     # Objects
 
@@ -293,7 +293,7 @@ class Client:
 
     async def watch(
         self, resource: Resource[T], selection: Selection, query: Mapping[str, str]
-    ) -> Answer:
+    ) -> WatchResponse:
         """Start a watch. The caller closes the result. Raises KubeError."""
         target = self._target(
             resource.path(selection.namespace), {**selection.query(), **query, "watch": "1"}
@@ -335,7 +335,7 @@ class Client:
                     raise
                 await trio.sleep(max(wait, retry_after or 0.0))
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: Request) -> WatchResponse:
         """Send a request on a new connection and return once the response head has come. The caller
         closes the result. Raises KubeError.
         """
@@ -346,7 +346,7 @@ class Client:
                 head = await self._head(connection, request)
                 if head.status < 400:
                     reusable = True
-                    return Answer(connection, head)
+                    return WatchResponse(connection, head)
                 refused = await self._refusal(connection, head)
             finally:
                 if not reusable:
@@ -379,7 +379,7 @@ class Client:
                     raise
         return await self._on(await self._connect(), request)
 
-    async def _on(self, connection: Connection, request: Request) -> bytes:
+    async def _on(self, connection: ApiConnection, request: Request) -> bytes:
         reusable = False
         try:
             head = await self._head(connection, request)
@@ -396,7 +396,7 @@ class Client:
             else:
                 await connection.aclose()
 
-    async def _head(self, connection: Connection, request: Request) -> Head:
+    async def _head(self, connection: ApiConnection, request: Request) -> Head:
         token = self.access.token
         fields = (
             [("Authorization", f"Bearer {token.current().decode('latin-1').strip()}")]
@@ -415,7 +415,7 @@ class Client:
             f"no response within {self.limits.response_timeout:g} s (api.response_timeout)"
         )
 
-    async def _refusal(self, connection: Connection, head: Head) -> Refused:
+    async def _refusal(self, connection: ApiConnection, head: Head) -> Refused:
         try:
             with trio.move_on_after(self.limits.response_timeout):
                 return refusal(
@@ -427,11 +427,11 @@ class Client:
             pass  # the status is enough
         return refusal(b"", head.status, head.headers.get("retry-after", ""))
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> ApiConnection:
         with trio.move_on_after(self.limits.connect_timeout):
             try:
                 stream = await self._dial(self.access)
-                return Connection(stream, self.access.authority, self.limits.max_head_bytes)
+                return ApiConnection(stream, self.access.authority, self.limits.max_head_bytes)
             except OSError as error:
                 raise Unreachable(f"cannot connect to {self.access.authority}: {error}") from error
         raise Unreachable(
@@ -439,7 +439,7 @@ class Client:
             " (api.connect_timeout)"
         )
 
-    async def _take(self) -> Connection | None:
+    async def _take(self) -> ApiConnection | None:
         while self._kept:
             connection, since = self._kept.pop()
             if trio.current_time() - since <= self.limits.idle_timeout and connection.is_quiet():
@@ -490,7 +490,7 @@ def _again(error: KubeError, *, repeat: bool) -> bool:
     return repeat and isinstance(error, Unreachable)
 
 
-async def _whole(connection: Connection, most: int) -> bytes:
+async def _whole(connection: ApiConnection, most: int) -> bytes:
     parts, size = [], 0
     while piece := await connection.read():
         size += len(piece)

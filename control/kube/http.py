@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import h11
 import trio
 
-from control.kube.errors import InvalidAnswer, Unreachable
+from control.kube.api_errors import InvalidAnswer, Unreachable
 
 # The largest read in bytes.
 _RECEIVE = 65536
@@ -52,7 +52,7 @@ class Head:
     headers: dict[str, str]
 
 
-class Connection:
+class ApiConnection:
     """A connection. Owns `stream`. A response head may have at most `max_head_bytes`."""
 
     def __init__(self, stream: trio.abc.Stream, authority: str, max_head_bytes: int) -> None:

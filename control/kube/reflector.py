@@ -37,12 +37,12 @@ from typing import Annotated, Generic, Literal, TypeVar
 import trio
 
 from control.kube import objects
+from control.kube.api_errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.backoff import Backoff, BackoffRules
-from control.kube.client import Answer, Client, Selection
+from control.kube.client import Client, Selection, WatchResponse
 from control.kube.error_log import ErrorLog
-from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.resources import Key, Resource, key_of
-from control.kube.watching import Bookmark, Change, Lines, event_of
+from control.kube.watching import Bookmark, Lines, ObjectChange, event_of
 from proxy.settings.declare import Section, number, octets, seconds
 
 S = TypeVar("S", bound=objects.Object)
@@ -98,7 +98,7 @@ class WatchRules(Section, frozen=True):
 
 
 @dataclass(slots=True)
-class Counts:
+class ReflectorCounts:
     """Counters: complete lists, started watches, events, failures, and lists that were made again
     because the last version was not usable.
     """
@@ -134,7 +134,7 @@ class Reflector(Generic[S, T]):
         self.known: dict[Key, T] = {}
         self.synced = trio.Event()
         self.state: State = "listing"
-        self.counts = Counts()
+        self.counts = ReflectorCounts()
         self.error = ""  # the last error; "" if all is well
         # When lists and watches began to fail, and when they worked again after that.
         self.failing_since: float | None = None
@@ -356,7 +356,7 @@ class Reflector(Generic[S, T]):
         if found is not None:
             raise Unreachable("a streamed list ended before it was complete")
 
-    async def _receive(self, answer: Answer, *, listing: bool) -> bytes:
+    async def _receive(self, answer: WatchResponse, *, listing: bool) -> bytes:
         with trio.move_on_after(self.rules.silence_timeout):
             return await answer.read()
         self._silent += 1
@@ -365,14 +365,14 @@ class Reflector(Generic[S, T]):
             raise _Relist("two watches in a row were silent")
         raise Unreachable(f"no data for {self.rules.silence_timeout:g} s (watch.silence_timeout)")
 
-    def _take(self, event: Change[S] | Bookmark) -> None:
+    def _take(self, event: ObjectChange[S] | Bookmark) -> None:
         version = (
             event.version if isinstance(event, Bookmark) else event.item.metadata.resource_version
         )
         self._check(version)
         if older(version, self._version):
             raise _Relist(f"resourceVersion went backwards, from {self._version} to {version}")
-        if isinstance(event, Change):
+        if isinstance(event, ObjectChange):
             self.counts.events += 1
             self._differ(key_of(event.item), None if event.gone else self._keep(event.item))
         self._version = version  # set last: after a failure, the change comes again

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from control.kube import objects
-from control.kube.errors import InvalidAnswer
+from control.kube.api_errors import InvalidAnswer
 from control.kube.objects import Page
 
 T = TypeVar("T", bound=objects.Object)

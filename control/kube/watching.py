@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 import msgspec
 
 from control.kube import objects
+from control.kube.api_errors import InvalidAnswer, TooLarge
 from control.kube.client import refusal
-from control.kube.errors import InvalidAnswer, TooLarge
 from control.kube.objects import Object, WatchEvent
 from control.kube.resources import Resource, decode
 
@@ -59,7 +59,7 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Change(Generic[T]):
+class ObjectChange(Generic[T]):
     """A change of an object. `gone`: deleted, or no longer selected. `added`: it is new."""
 
     item: T
@@ -75,7 +75,7 @@ class Bookmark:
     complete: bool
 
 
-def event_of(line: bytes, resource: Resource[T]) -> Change[T] | Bookmark:
+def event_of(line: bytes, resource: Resource[T]) -> ObjectChange[T] | Bookmark:
     """Parse a line. Raises Refused for an ERROR event (the watch has ended), and InvalidAnswer."""
     event = decode(_event, line)
     if event.type == "ERROR":
@@ -92,4 +92,4 @@ def event_of(line: bytes, resource: Resource[T]) -> Change[T] | Bookmark:
         )
     if event.type not in ("ADDED", "MODIFIED", "DELETED"):
         raise InvalidAnswer(f"an event of the unknown type {event.type[:40]!r}")
-    return Change(resource.one(event.object), event.type == "DELETED", event.type == "ADDED")
+    return ObjectChange(resource.one(event.object), event.type == "DELETED", event.type == "ADDED")

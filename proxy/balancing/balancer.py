@@ -34,13 +34,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from proxy.balancing.circuit_breaker import State
-from proxy.balancing.endpoint_set import Change, EndpointSet, Surroundings
+from proxy.balancing.circuit_breaker import BreakerState
+from proxy.balancing.endpoint_set import BreakerChange, EndpointSet, Surroundings
 from proxy.directory import Target
 from proxy.net.address import Address
 
 
-def _ignore(_: Change) -> None:
+def _ignore(_: BreakerChange) -> None:
     pass
 
 
@@ -55,7 +55,7 @@ class Balancer:
         self._around = Surroundings(clock, chance or random.Random(), zone, _ignore)  # noqa: S311  (no secret depends on it)
         self._endpoint_sets: dict[str, EndpointSet] = {}
 
-    def on_change(self, tell: Callable[[Change], None]) -> None:
+    def on_change(self, tell: Callable[[BreakerChange], None]) -> None:
         """Set the function that gets each change of a circuit breaker. It is called while the
         change happens."""
         self._around.on_change = tell
@@ -83,7 +83,7 @@ class Balancer:
             target, alone=alone
         )
 
-    def broken(self) -> Iterator[tuple[str, Address, State]]:
+    def broken(self) -> Iterator[tuple[str, Address, BreakerState]]:
         """(service, address, state) of each endpoint whose circuit breaker is open or half-open."""
         for endpoint_set in self._endpoint_sets.values():
             for address, breaker in endpoint_set.broken.items():

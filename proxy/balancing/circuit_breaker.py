@@ -44,7 +44,7 @@ from proxy.directory.policy import Breaker as Rules
 _STEP = 0.1
 
 
-class State(enum.StrEnum):
+class BreakerState(enum.StrEnum):
     """The state of a circuit breaker. Half-open: one trial request decides."""
 
     CLOSED = "closed"
@@ -69,7 +69,7 @@ class Failure(enum.Enum):
 _NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED, Failure.REJECTED)
 
 
-class Breaker:
+class CircuitBreaker:
     """The circuit breaker of one endpoint. Methods that may change the state return whether they
     did."""
 
@@ -91,7 +91,7 @@ class Breaker:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.state = State.CLOSED
+        self.state = BreakerState.CLOSED
         self.failures = 0  # consecutive failures
         self.silences = 0  # consecutive timeouts, without any response between them
         self.opened = 0  # consecutive openings
@@ -108,15 +108,15 @@ class Breaker:
 
     def due(self, now: float) -> bool:
         """Whether the penalty is over, so that the next request is the trial."""
-        return self.state is State.OPEN and now >= self.until
+        return self.state is BreakerState.OPEN and now >= self.until
 
     def begin_trial(self, now: float, rules: Rules, chance: float) -> bool:
         """A trial request is sent to an endpoint whose breaker is not closed. The caller must
         report its outcome with `record_failure` or `record_success` (with `probe`), or with
         `record_no_outcome`."""
         self.early = now + self._step(now, rules) * (1 + rules.jitter * chance)
-        changed = self.state is not State.HALF_OPEN
-        self.state = State.HALF_OPEN
+        changed = self.state is not BreakerState.HALF_OPEN
+        self.state = BreakerState.HALF_OPEN
         return changed
 
     def record_failure(
@@ -133,11 +133,11 @@ class Breaker:
         self.last_failure = now
         responds = self._responds(how, rules.failures)
         over = True  # the last penalty, if there was one
-        if probe and self.state is State.HALF_OPEN:
+        if probe and self.state is BreakerState.HALF_OPEN:
             over = now >= self.until
             self.opened += over
             self.last_failed_trial = now
-        elif self.state is State.CLOSED:
+        elif self.state is BreakerState.CLOSED:
             self.failures += 1
             if how not in _NOT_CONNECTED and (not rules.failures or self.failures < rules.failures):
                 return False
@@ -146,7 +146,7 @@ class Breaker:
             return False
         else:
             over = False
-        self.state = State.OPEN
+        self.state = BreakerState.OPEN
         self.unreachable = how in _NOT_CONNECTED
         self.refused = how is Failure.REFUSED
         self.rejected = how is Failure.REJECTED
@@ -186,22 +186,22 @@ class Breaker:
         That does not reset the count of consecutive failures, but it shows that the endpoint
         responds."""
         self.silences = 0
-        if self.state is State.CLOSED:
+        if self.state is BreakerState.CLOSED:
             if not response_started:
                 self.failures = 0
             return False
         if not self.unreachable and not probe:
             return False
-        self.state = State.CLOSED
+        self.state = BreakerState.CLOSED
         self.failures = self.opened = 0
         self.unreachable, self.responds = False, True
         return True
 
     def record_no_outcome(self, now: float) -> bool:
         """The trial request ended without an outcome for the endpoint."""
-        if self.state is not State.HALF_OPEN:
+        if self.state is not BreakerState.HALF_OPEN:
             return False
-        self.state = State.OPEN
+        self.state = BreakerState.OPEN
         self.early = now
         return True
 

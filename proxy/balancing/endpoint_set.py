@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from proxy.balancing.circuit_breaker import Breaker, Failure, State
+from proxy.balancing.circuit_breaker import BreakerState, CircuitBreaker, Failure
 from proxy.balancing.ewma import PeakEwma
 from proxy.balancing.retry_budget import RetryBudget
 from proxy.balancing.wait_queue import WaitQueue
@@ -36,12 +36,12 @@ _FORGET = 600.0
 _LONGEST_START = 3600.0
 
 
-class Change(NamedTuple):
+class BreakerChange(NamedTuple):
     """A circuit breaker has changed its state."""
 
     service: str
     address: Address
-    state: State
+    state: BreakerState
     penalty: float  # seconds, if it opened
     why: str  # reason of the last failure
 
@@ -53,7 +53,7 @@ class Surroundings:
     clock: Callable[[], float]
     chance: random.Random
     zone: str
-    on_change: Callable[[Change], None]
+    on_change: Callable[[BreakerChange], None]
 
 
 class EndpointSet:
@@ -63,13 +63,13 @@ class EndpointSet:
         self.service = service
         self.budget = RetryBudget(around.clock())
         self.queue = WaitQueue()
-        self.broken: dict[Address, Breaker] = {}  # the breakers that are not closed
+        self.broken: dict[Address, CircuitBreaker] = {}  # the breakers that are not closed
         self._around = around
         self._changes = 0  # count of breaker changes
         self._all_open = (
             False  # all breakers of a target were open, so one endpoint got an early trial
         )
-        self._failed: dict[Address, Breaker] = {}  # all breakers
+        self._failed: dict[Address, CircuitBreaker] = {}  # all breakers
         self._loads: dict[Address, PeakEwma] = {}
         self._joined: dict[Address, float] = {}  # new endpoints, and the time when they joined
         self._views: dict[int, TargetView] = {}
@@ -226,7 +226,7 @@ class EndpointSet:
     def trial_in_progress(self, target: Target) -> bool:
         """Whether a trial request is in progress at one of `target`'s endpoints."""
         return any(
-            breaker.state is State.HALF_OPEN
+            breaker.state is BreakerState.HALF_OPEN
             for breaker in self._view_of(target).all.broken(self.broken, self._changes)
         )
 
@@ -287,7 +287,7 @@ class EndpointSet:
             self._probe(policy, endpoint, breaker)
         return ActiveRequest(self, policy, endpoint, load, breaker is not None)
 
-    def _probe(self, policy: Policy, endpoint: Endpoint, breaker: Breaker) -> None:
+    def _probe(self, policy: Policy, endpoint: Endpoint, breaker: CircuitBreaker) -> None:
         now = self._around.clock()
         self._all_open = self._all_open or now < breaker.until
         if breaker.responds and not breaker.due(now):
@@ -334,7 +334,7 @@ class EndpointSet:
         address = active.endpoint.address
         breaker = self._failed.get(address)
         if breaker is None:
-            breaker = Breaker()
+            breaker = CircuitBreaker()
             if len(self._failed) >= _MOST:
                 return
             self._failed[address] = breaker
@@ -349,18 +349,20 @@ class EndpointSet:
         if breaker is not None and breaker.record_no_outcome(self._around.clock()):
             self._on_breaker_change(active.endpoint.address, breaker)
 
-    def _on_breaker_change(self, address: Address, breaker: Breaker) -> None:
+    def _on_breaker_change(self, address: Address, breaker: CircuitBreaker) -> None:
         self._changes += 1
         penalty = 0.0
-        if breaker.state is State.CLOSED:
+        if breaker.state is BreakerState.CLOSED:
             del self.broken[address]
             self._joined[address] = self._around.clock()  # recovered, so apply slow start
         else:
             self.broken[address] = breaker
             penalty = max(0.0, breaker.until - self._around.clock())
-        if breaker.state is not State.HALF_OPEN:
+        if breaker.state is not BreakerState.HALF_OPEN:
             self.queue.wake()
-        self._around.on_change(Change(self.service, address, breaker.state, penalty, breaker.why))
+        self._around.on_change(
+            BreakerChange(self.service, address, breaker.state, penalty, breaker.why)
+        )
 
     def why(self, target: Target) -> str:
         """The reason of the last failure of `target`'s endpoints with open breakers. "": none is

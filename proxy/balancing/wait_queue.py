@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import trio
 
 
-class Place:
-    """The place of one waiting request."""
+class Waiter:
+    """One waiting request: its place in the queue."""
 
     __slots__ = ("wakeup",)
 
@@ -29,15 +29,15 @@ class WaitQueue:
     __slots__ = ("_places",)
 
     def __init__(self) -> None:
-        self._places: OrderedDict[Place, None] = OrderedDict()
+        self._places: OrderedDict[Waiter, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._places)
 
     @contextmanager
-    def place(self) -> Iterator[Place]:
+    def place(self) -> Iterator[Waiter]:
         """A place at the end of the queue. It is removed at the end of the block."""
-        place = Place()
+        place = Waiter()
         self._places[place] = None
         try:
             yield place
@@ -45,10 +45,10 @@ class WaitQueue:
             del self._places[place]
             self.wake()
 
-    def first(self, place: Place) -> bool:
+    def first(self, place: Waiter) -> bool:
         return next(iter(self._places)) is place
 
-    async def turn(self, place: Place, until: float, latest: float) -> None:
+    async def turn(self, place: Waiter, until: float, latest: float) -> None:
         """Wait until `wake` reaches `place` (only if it is the first), or until the time `latest`.
         The first place waits until the time `until` at most."""
         with trio.move_on_at(min(until, latest) if self.first(place) else latest):

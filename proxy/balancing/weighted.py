@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import ceil, gcd, inf
 
-from proxy.balancing.circuit_breaker import Breaker, State
+from proxy.balancing.circuit_breaker import BreakerState, CircuitBreaker
 from proxy.directory import Endpoint, Target
 from proxy.net.address import Address
 
@@ -47,7 +47,7 @@ class WeightedEndpoints:
         )
         self.mean = sum(weights) / len(weights) if weights else 1.0
         self._seen = -1
-        self._broken: list[Breaker] = []
+        self._broken: list[CircuitBreaker] = []
         self._due = self._early = inf
         self._last: tuple[Endpoint, ...] = ()
 
@@ -62,7 +62,7 @@ class WeightedEndpoints:
             return endpoints[first], endpoints[second]
         return endpoints[bisect(places, first)], endpoints[bisect(places, second)]
 
-    def broken(self, among: Mapping[Address, Breaker], change: int) -> list[Breaker]:
+    def broken(self, among: Mapping[Address, CircuitBreaker], change: int) -> list[CircuitBreaker]:
         """The breakers in `among` that belong to these endpoints. The result is computed again when
         `change` differs from the last call."""
         if self._seen != change:
@@ -74,7 +74,7 @@ class WeightedEndpoints:
             else:
                 self._broken = [among[address] for address in self.addresses if address in among]
             self._due = min(
-                (breaker.until for breaker in self._broken if breaker.state is State.OPEN),
+                (breaker.until for breaker in self._broken if breaker.state is BreakerState.OPEN),
                 default=inf,
             )
             alone = len(self._broken) == len(self.addresses)
@@ -90,18 +90,18 @@ class WeightedEndpoints:
             )
         return self._broken
 
-    def next_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
+    def next_probe(self, among: Mapping[Address, CircuitBreaker], change: int) -> float:
         """The earliest end of a penalty of these endpoints, as time of the balancer's clock."""
         self.broken(among, change)
         return self._due
 
-    def early_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
+    def early_probe(self, among: Mapping[Address, CircuitBreaker], change: int) -> float:
         """The time of the next early trial, if all breakers are open. Infinite if one is closed or
         an endpoint responds."""
         self.broken(among, change)
         return self._early
 
-    def last(self, among: Mapping[Address, Breaker], change: int) -> tuple[Endpoint, ...]:
+    def last(self, among: Mapping[Address, CircuitBreaker], change: int) -> tuple[Endpoint, ...]:
         """If all breakers are open: the endpoints that still respond."""
         self.broken(among, change)
         return self._last

@@ -19,8 +19,8 @@ import trio
 
 from proxy.errors import (
     INTERNAL,
-    Answer,
     ClientGone,
+    ErrorAnswer,
     IsthmusError,
     LoopDetected,
     MemoryShort,
@@ -156,7 +156,7 @@ async def _answer(exchange: Exchange, head: ResponseHead, body: Whole) -> None:
         exchange.abort()
 
 
-def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+def made_up(answer: ErrorAnswer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
     """Create a response of the proxy itself, with Proxy-Status (RFC 9209)."""
     detail = detail[:_DETAIL]
     status = _member(name) + b";error=" + answer.proxy_status.encode("ascii")
@@ -181,7 +181,7 @@ def _member(name: bytes) -> bytes:
     return name if _TOKEN.fullmatch(name) else sf_string(name.decode("latin-1"))
 
 
-def grpc_status(answer: Answer, detail: str) -> Headers:
+def grpc_status(answer: ErrorAnswer, detail: str) -> Headers:
     """Create the status fields of a gRPC call. The message is percent-encoded
     (github.com/grpc/grpc, PROTOCOL-HTTP2.md)."""
     text = f"{answer.proxy_status}: {detail[:_DETAIL]}" if detail else answer.proxy_status
@@ -198,7 +198,7 @@ def grpc_status(answer: Answer, detail: str) -> Headers:
     )
 
 
-def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+def made_up_grpc(answer: ErrorAnswer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
     """Create a gRPC error response of the proxy itself: HTTP status 200, and a head that is also
     the trailers."""
     head, _ = made_up(answer, name, detail)

@@ -18,7 +18,7 @@ field.
 
 from __future__ import annotations
 
-from proxy.errors import BROKEN, REPORTED, Answer, Undelivered, UpstreamClosed
+from proxy.errors import BROKEN, REPORTED, ErrorAnswer, Undelivered, UpstreamClosed
 from proxy.net.socket_stream import Stream
 from proxy.net.tls.handshake import TLSStream
 from proxy.wire.messages import FAILURE, ResponseHead
@@ -27,7 +27,7 @@ from proxy.wire.messages import FAILURE, ResponseHead
 _LONGEST = 2048
 
 
-def report(answer: Answer, head: ResponseHead) -> None:
+def report(answer: ErrorAnswer, head: ResponseHead) -> None:
     """Set the field on a response head for a verified peer, if the reason of `answer` is one that
     the peer handles."""
     if answer.reason in REPORTED:

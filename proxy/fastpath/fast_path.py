@@ -15,7 +15,7 @@ from proxy.fastpath.event_loop import EventLoop, enter, leave
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
 from proxy.fastpath.h2_exchange import begin_exchange
-from proxy.fastpath.host import Carried, Connection, Host, Relay
+from proxy.fastpath.host import Carried, Host, LentHttp1, Relay
 from proxy.fastpath.plan import Planner
 from proxy.net.relay import RelayState
 from proxy.net.socket_stream import SocketStream
@@ -37,7 +37,7 @@ class FastPath(Host):
         self._idle = idle_timeout / 2
         self._silence = silence
         self._event_loop: EventLoop | None = None  # while it runs
-        self._connections: set[Connection] = set()
+        self._connections: set[LentHttp1] = set()
         self._busy: set[Carried] = set()  # within an exchange
         self._relays: set[Relay] = set()
         # the watch task waits for it while no exchange is active
@@ -121,7 +121,7 @@ class FastPath(Host):
             raise RuntimeError("the fast path is not running")
         return self._event_loop
 
-    def lend(self, connection: Connection) -> bool:
+    def lend(self, connection: LentHttp1) -> bool:
         if not self.running:
             return False
         self._connections.add(connection)
@@ -130,7 +130,7 @@ class FastPath(Host):
             self._wakeup.set()
         return True
 
-    def connection_left(self, connection: Connection) -> None:
+    def connection_left(self, connection: LentHttp1) -> None:
         self._connections.discard(connection)
         self._busy.discard(connection)
         self.event_loop.lent -= 1

@@ -19,7 +19,7 @@ class Carried(Protocol):
         ...
 
 
-class Connection(Carried, Protocol):
+class LentHttp1(Carried, Protocol):
     """A lent HTTP/1 connection."""
 
     def due(self) -> float:
@@ -75,11 +75,11 @@ class Host(ABC):
         """Count one exchange that was handed over."""
 
     @abstractmethod
-    def lend(self, connection: Connection) -> bool:
+    def lend(self, connection: LentHttp1) -> bool:
         """`connection` is lent from now on. False: the fast path accepts nothing."""
 
     @abstractmethod
-    def connection_left(self, connection: Connection) -> None:
+    def connection_left(self, connection: LentHttp1) -> None:
         """`connection` is back at its server."""
 
     @abstractmethod

@@ -124,10 +124,10 @@ class LoopGuard:
         if about.depth:
             self.connections.stop(about.peer, about.destination)
 
-    def follow(self, stream: SocketStream, address: Address) -> Followed:
+    def follow(self, stream: SocketStream, address: Address) -> GuardedConnection:
         """Watch a new connection of this proxy to `address` until it is known whether it can be
         used."""
-        return Followed(self.connections, stream, address)
+        return GuardedConnection(self.connections, stream, address)
 
     def check_dial(self, address: Address) -> None:
         """Raises LoopDetected if the proxy would connect to itself."""
@@ -146,7 +146,7 @@ class LoopGuard:
         return self._self_calls.waiting
 
 
-class Followed:
+class GuardedConnection:
     """One connection of this proxy, until it can be used. It reads the verdict when the connection
     is closed, because the table drops the connection then."""
 

@@ -49,7 +49,7 @@ _PLAIN_LAST_CALL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class FlowSettings:
     """The parts of the configuration, as the settings types of the packages that use them."""
 
     server: ServerSettings
@@ -62,7 +62,7 @@ class Settings:
     upstream: Http2Settings  # HTTP/2 connections to servers
 
     @classmethod
-    def of(cls, config: Config, pacer: Pacer) -> Settings:
+    def of(cls, config: Config, pacer: Pacer) -> FlowSettings:
         http, http2, pool = config.http, config.http2, config.pool
         limits = Limits(
             head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers
@@ -123,7 +123,7 @@ class Runtime:
     that must be closed."""
 
     config: Config
-    settings: Settings
+    settings: FlowSettings
     loops: LoopGuard
     identity: Identity | None
     directory: Source

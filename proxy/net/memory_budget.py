@@ -3,7 +3,7 @@
 Everything is buffered for one downstream connection: data of its client that the server has not
 accepted, data of the server that the client has not accepted, and the streams and heads of requests
 in progress. So each connection has one `Share`. Code that buffers bytes charges them there, and
-releases them. The `Budget` has the sums. All of this is simple arithmetic.
+releases them. The `MemoryBudget` has the sums. All of this is simple arithmetic.
 
 While at most half of the budget is in use, nothing is limited. Above, the limit for one connection
 is a dynamic threshold (Choudhury and Hahne, 1998, for switches with shared buffers): a fixed
@@ -16,8 +16,9 @@ exceed its threshold. Three measures follow, in this order:
   `patience` seconds it is closed;
 - new work is refused when nearly the whole budget is used: connections, streams, requests.
 
-Clients without a verified identity may use only a part of the budget (`Budget.open_limit`), and
-smaller fractions. The rest is reserved for members of the mesh and for the pod's own application.
+Clients without a verified identity may use only a part of the budget (`MemoryBudget.open_limit`),
+and smaller fractions. The rest is reserved for members of the mesh and for the pod's own
+application.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _ignore(_: str) -> None:
     pass
 
 
-class Budget:
+class MemoryBudget:
     """The bytes that are buffered in this process, and their limit.
 
     `limit` in bytes. `patience` in seconds.
@@ -166,7 +167,7 @@ class Share:
 
     __slots__ = ("budget", "gone", "held", "member", "on_exhausted")
 
-    def __init__(self, budget: Budget, member: bool) -> None:
+    def __init__(self, budget: MemoryBudget, member: bool) -> None:
         self.budget = budget
         self.member = member
         self.held = 0  # bytes
@@ -320,6 +321,6 @@ class Charge:
             self._share.release(before - size)
 
 
-_NO_BUDGET = Budget()
+_NO_BUDGET = MemoryBudget()
 # The default share: it limits nothing.
 UNCOUNTED = Share(_NO_BUDGET, member=True)

@@ -37,7 +37,7 @@ import trio
 
 from proxy.config.schema import Config
 from proxy.exchange.h2.stream_limit import StreamLimit
-from proxy.net.memory_budget import ACTIONS, UNLIMITED, Action, Budget
+from proxy.net.memory_budget import ACTIONS, UNLIMITED, Action, MemoryBudget
 from proxy.telemetry.log import RateLimit, warn
 from proxy.telemetry.metrics import Metrics
 
@@ -130,7 +130,7 @@ class MemoryWatch:
         self, config: Config, limit: int | None, streams: StreamLimit, metrics: Metrics
     ) -> None:
         """`limit`: see `limit_of_container`."""
-        self.budget = budget = Budget(budget_of(config, limit), config.memory.patience)
+        self.budget = budget = MemoryBudget(budget_of(config, limit), config.memory.patience)
         # Above this size of the process, a full collection does not wait.
         self._near_limit = math.inf if limit is None else limit // config.workers // 8 * 7
         self._streams = streams

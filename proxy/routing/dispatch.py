@@ -27,8 +27,8 @@ from types import TracebackType
 import trio
 
 from proxy.balancing.balancer import Balancer
-from proxy.balancing.circuit_breaker import Failure, State
-from proxy.balancing.endpoint_set import ActiveRequest, Change, EndpointSet
+from proxy.balancing.circuit_breaker import BreakerState, Failure
+from proxy.balancing.endpoint_set import ActiveRequest, BreakerChange, EndpointSet
 from proxy.directory import Endpoint, Target
 from proxy.errors import (
     AllCircuitsOpen,
@@ -227,10 +227,10 @@ class Dispatcher:
         """The directory has changed: wake the requests that wait."""
         self._balancer.wake()
 
-    def _changed(self, change: Change) -> None:
+    def _changed(self, change: BreakerChange) -> None:
         """A circuit breaker has changed its state: count it and log it."""
         self._metrics.count_breaker_change(change.state)
-        if change.state is State.OPEN:
+        if change.state is BreakerState.OPEN:
             warn(
                 _log,
                 self._opened,
@@ -240,7 +240,9 @@ class Dispatcher:
                 change.penalty,
                 change.why,
             )
-        elif change.state is State.CLOSED and (suppressed := self._closed.admit()) is not None:
+        elif (
+            change.state is BreakerState.CLOSED and (suppressed := self._closed.admit()) is not None
+        ):
             more = f" ({suppressed} similar suppressed)" if suppressed else ""
             _log.info("%s of %s: circuit breaker closed%s", change.address, change.service, more)
 

@@ -55,7 +55,7 @@ from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost, NetError
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
-from proxy.routing.router import Source
+from proxy.routing.router import CurrentDirectory
 from proxy.telemetry.log import RateLimit, warn
 from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
 
@@ -112,7 +112,7 @@ class RemoteGateways:
     """All remote gateways in the directory of one proxy. `watch` keeps the state up to date. All
     other methods are synchronous."""
 
-    source: Source
+    source: CurrentDirectory
     settings: ClustersConfig
     leases: Leases[Endpoint]
     metrics: GatewayMetrics

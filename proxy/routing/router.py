@@ -59,7 +59,7 @@ from proxy.net.tls.handshake import TLSStream
 from proxy.settings.units import Network
 
 
-class Source(Protocol):
+class CurrentDirectory(Protocol):
     """The source of the directory. The snapshot is replaced as a whole, so read it once per
     decision."""
 
@@ -149,7 +149,7 @@ class Router:
     """The router of one proxy. `settle` in seconds of `clock`. `namespace`: the pod's own, for
     short names. `networks`: where the authority may select a service."""
 
-    source: Source
+    source: CurrentDirectory
     health: Health
     metrics: RouterMetrics
     namespace: str

@@ -10,7 +10,7 @@ import trio
 from proxy.metric_families import Families
 
 
-class Followed(Protocol):
+class MeasuredSource(Protocol):
     """The part of the source that is measured (proxy/directory/channel/source.py)."""
 
     updates: int
@@ -56,7 +56,7 @@ class DirectoryMetrics:
             "kind",
         )
 
-    def observe(self, source: Followed) -> None:
+    def observe(self, source: MeasuredSource) -> None:
         """Set everything to the current values."""
         self._connected.at().set(source.since is not None)
         self._since.at().set(source.since or 0)

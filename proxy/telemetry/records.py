@@ -23,7 +23,7 @@ from proxy.exchange.replay import Replay
 from proxy.exchange.trace_layer import Tracing
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.liveness import peer_ended
-from proxy.net.memory_budget import CONNECTION_BYTES, Budget
+from proxy.net.memory_budget import CONNECTION_BYTES, MemoryBudget
 from proxy.net.relay import Relayed
 from proxy.net.socket_stream import SocketStream, Stream
 from proxy.net.tls.handshake import TLSInfo, TLSStream
@@ -58,10 +58,10 @@ class Recorder:
         *,
         access: bool,
         tracing: Mapping[str, Tracing | None] | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
         self.metrics = metrics
-        self.budget = budget or Budget()
+        self.budget = budget or MemoryBudget()
         self.access = access
         self.tracing = tracing or {}  # for connections, by direction; a layer traces requests
         self._loops: dict[str, RateLimit] = {}

@@ -197,8 +197,8 @@ class Headers:
 def _others(items: list[Field], names: Container[bytes]) -> list[Field]:
     """The fields with all other names.
 
-    The result has the same tuple objects, because an item can be an instance of a subclass (Secret
-    in h2/fields.py), and a compiled loop would replace it by a plain tuple.
+    The result has the same tuple objects. An item can be an instance of a subclass
+    (NeverIndexedField in h2/fields.py). A compiled loop would replace it by a plain tuple.
     """
     return list(filter(lambda item: item[0].lower() not in names, items))
 

@@ -40,7 +40,7 @@ Labels = tuple[tuple[str, str], ...]
 Sample = tuple[str, Labels, float]
 
 
-class Family(msgspec.Struct, array_like=True):
+class MetricSamples(msgspec.Struct, array_like=True):
     """A metric with all its samples."""
 
     name: str
@@ -49,13 +49,13 @@ class Family(msgspec.Struct, array_like=True):
     samples: list[Sample]
 
 
-Reading = list[Family]
+Reading = list[MetricSamples]
 
 
 def reading(registry: CollectorRegistry) -> Reading:
     """All samples that a registry holds now."""
     return [
-        Family(
+        MetricSamples(
             found.name,
             found.type,
             found.documentation,
@@ -92,9 +92,9 @@ class MergedMetrics:
             _Text(list(self._merged([own, *list(self._now.values()), self._gone])))
         )
 
-    def _merged(self, readings: Iterable[Reading]) -> Iterator[Family]:
+    def _merged(self, readings: Iterable[Reading]) -> Iterator[MetricSamples]:
         """One family per name, in the order of first appearance."""
-        found: dict[str, tuple[Family, dict[tuple[str, Labels], float]]] = {}
+        found: dict[str, tuple[MetricSamples, dict[tuple[str, Labels], float]]] = {}
         for one in readings:
             for family in one:
                 _, values = found.setdefault(family.name, (family, {}))
@@ -104,7 +104,7 @@ class MergedMetrics:
                     key = name, labels
                     values[key] = merge(values[key], value) if key in values else value
         for family, values in found.values():
-            yield Family(
+            yield MetricSamples(
                 family.name,
                 family.type,
                 family.text,

@@ -3,7 +3,7 @@
 They use a pair of connected, unnamed sockets, so no other process can send on it. A message is its
 length in four bytes, then that many bytes. The supervisor sends the first one (`Start`): everything
 that must be the same in all workers. After that, each byte from the supervisor is a question, and
-the worker answers with its `State`.
+the worker answers with its `WorkerState`.
 
 The socket also shows whether the other side runs: when one process has ended, the other one reads
 the end of the stream.
@@ -31,7 +31,7 @@ class ProcessGone(Exception):
     """The other process has ended, or sent an invalid message."""
 
 
-class Pipe(Protocol):
+class MessageStream(Protocol):
     """The methods of trio's SocketStream that are used here."""
 
     async def send_all(self, data: bytes) -> None: ...
@@ -61,7 +61,7 @@ class WorkerInfo:
     connection_table: SharedConnectionTable
 
 
-class State(msgspec.Struct):
+class WorkerState(msgspec.Struct):
     """A worker's state. `reasons`: why it should get no traffic; empty if it is ready."""
 
     reasons: list[str]
@@ -119,12 +119,12 @@ def read_start(data: bytes) -> Start:
     return start
 
 
-async def send(pipe: Pipe, data: bytes) -> None:
+async def send(pipe: MessageStream, data: bytes) -> None:
     """Send one message with its length. Raises what the pipe raises."""
     await pipe.send_all(_LENGTH.pack(len(data)) + data)
 
 
-async def receive(pipe: Pipe) -> bytes:
+async def receive(pipe: MessageStream) -> bytes:
     """Receive the next message. Raises ProcessGone."""
     (length,) = _LENGTH.unpack(await _exactly(pipe, _LENGTH.size))
     if length > _MOST:
@@ -132,7 +132,7 @@ async def receive(pipe: Pipe) -> bytes:
     return await _exactly(pipe, length)
 
 
-async def _exactly(pipe: Pipe, size: int) -> bytes:
+async def _exactly(pipe: MessageStream, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         more = await pipe.receive_some(min(size - len(data), 1 << 20))

@@ -9,7 +9,7 @@ from typing import Any
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure
-from proxy.balancing.endpoint_set import Change, EndpointSet
+from proxy.balancing.endpoint_set import BreakerChange, EndpointSet
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.net.address import Address
@@ -28,7 +28,7 @@ class World:
 
     def __init__(self, zone: str = "", seed: int = 7) -> None:
         self.now = 1000.0
-        self.changes: list[Change] = []
+        self.changes: list[BreakerChange] = []
         self.balancer = Balancer(lambda: self.now, random.Random(seed), zone)
         self.balancer.on_change(self.changes.append)
 

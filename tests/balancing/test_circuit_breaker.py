@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.balancing.circuit_breaker import Breaker, Failure, State
+from proxy.balancing.circuit_breaker import BreakerState, CircuitBreaker, Failure
 from proxy.directory.policy import Breaker as Rules
 
 BAD, SILENT, GONE, REFUSED = Failure.RESPONSE, Failure.SILENCE, Failure.UNREACHABLE, Failure.REFUSED
@@ -16,32 +16,32 @@ NOT_CONNECTED = (GONE, REFUSED, Failure.REJECTED)
 RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
 
 
-def opened(now: float = 0.0) -> Breaker:
-    breaker = Breaker()
+def opened(now: float = 0.0) -> CircuitBreaker:
+    breaker = CircuitBreaker()
     for _ in range(RULES.failures):
         breaker.record_failure(now, RULES, 0.0)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     return breaker
 
 
 def test_only_a_row_of_failures_opens() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(10):
         breaker.record_failure(0, RULES, 0)
         breaker.record_failure(0, RULES, 0)
         breaker.record_success()
-    assert breaker.state is State.CLOSED
+    assert breaker.state is BreakerState.CLOSED
     assert [breaker.record_failure(0, RULES, 0) for _ in range(3)] == [False, False, True]
 
 
 def test_a_failure_to_connect_opens_at_once() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     assert breaker.record_failure(0, RULES, 0, GONE)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
 
 
 def test_responses_do_not_count_where_the_policy_says_so() -> None:
-    breaker, rules = Breaker(), Rules(failures=0)
+    breaker, rules = CircuitBreaker(), Rules(failures=0)
     assert not any(breaker.record_failure(0, rules, 0) for _ in range(100))
     assert breaker.record_failure(0, rules, 0, GONE)
 
@@ -62,7 +62,7 @@ def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> N
 
 
 def test_chance_adds_a_part_of_the_penalty() -> None:
-    low, high = Breaker(), Breaker()
+    low, high = CircuitBreaker(), CircuitBreaker()
     low.record_failure(0, RULES, 0.0, GONE)
     high.record_failure(0, RULES, 1.0, GONE)
     assert (low.until, high.until) == (1.0, 1.5)
@@ -73,18 +73,18 @@ def test_responses_to_requests_from_before_the_opening_do_not_count() -> None:
     until = breaker.until
     assert not breaker.record_failure(0.5, RULES, 1.0)
     assert not breaker.record_success()
-    assert (breaker.state, breaker.until) == (State.OPEN, until)
+    assert (breaker.state, breaker.until) == (BreakerState.OPEN, until)
     breaker.begin_trial(1.0, RULES, 0.0)
     assert not breaker.record_failure(1.5, RULES, 1.0)
     assert not breaker.record_success()
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
 
 
 def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.record_failure(0, RULES, 0, GONE)
     assert breaker.record_success()
-    assert breaker.state is State.CLOSED
+    assert breaker.state is BreakerState.CLOSED
 
 
 def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_follow_after_a_step() -> (
@@ -109,7 +109,7 @@ def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_
 def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_the_outage() -> (
     None
 ):
-    breaker, now, gaps = Breaker(), 100.0, []
+    breaker, now, gaps = CircuitBreaker(), 100.0, []
     assert breaker.record_failure(now, RULES, 0.0, REFUSED)
     assert breaker.until == pytest.approx(now + 0.2)
     while now < 120:
@@ -161,10 +161,10 @@ def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
 def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(
     row: list[Failure], responds: bool
 ) -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for how in row:
-        breaker.record_failure(0, RULES, 0, how, probe=breaker.state is not State.CLOSED)
-    assert breaker.state is State.OPEN
+        breaker.record_failure(0, RULES, 0, how, probe=breaker.state is not BreakerState.CLOSED)
+    assert breaker.state is BreakerState.OPEN
     assert breaker.responds is responds
 
 
@@ -174,12 +174,12 @@ def test_one_that_is_used_for_want_of_better_ones_is_closed_by_the_first_good_an
     assert not breaker.record_failure(0.5, RULES, 1.0, probe=True)
     assert breaker.until == until, "its open time has not grown"
     assert breaker.record_success(probe=True)
-    assert breaker.state is State.CLOSED
+    assert breaker.state is BreakerState.CLOSED
 
 
 @pytest.mark.parametrize("state", ["closed", "open"])
 def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
-    breaker = Breaker() if state == "closed" else opened()
+    breaker = CircuitBreaker() if state == "closed" else opened()
     assert not breaker.record_no_outcome(5.0)
     assert breaker.state.value == state
 
@@ -190,7 +190,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.breaker = Breaker()
+        self.breaker = CircuitBreaker()
         self.now = 0.0
         self.row = 0
         self.out = False
@@ -305,7 +305,13 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def the_states_agree(self) -> None:
-        expected = State.HALF_OPEN if self.probing else State.OPEN if self.out else State.CLOSED
+        expected = (
+            BreakerState.HALF_OPEN
+            if self.probing
+            else BreakerState.OPEN
+            if self.out
+            else BreakerState.CLOSED
+        )
         assert self.breaker.state is expected
         assert self.breaker.responds is self.responds
         assert not self.breaker.due(self.now) or (self.out and not self.probing)

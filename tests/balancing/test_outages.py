@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from proxy.balancing.circuit_breaker import Failure, State
-from proxy.balancing.endpoint_set import Change
+from proxy.balancing.circuit_breaker import BreakerState, Failure
+from proxy.balancing.endpoint_set import BreakerChange
 from proxy.directory import Endpoint
 from tests.balancing.endpoint_sets import World, endpoints, target
 
@@ -19,7 +19,9 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     where = target(one, two)
     world.fail(where, one)
     (change,) = world.changes
-    assert change == Change("default/web", one.address, State.OPEN, change.penalty, "test")
+    assert change == BreakerChange(
+        "default/web", one.address, BreakerState.OPEN, change.penalty, "test"
+    )
     assert change.penalty == pytest.approx(1.25, abs=0.26)
     assert set(world.picks(where)) == {two}
     assert world.balancer.usable(where) == 1
@@ -34,7 +36,11 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     assert set(world.picks(where)) == {two}, "by one request"
     probe.record_response(0.01)
     probe.end()
-    assert [change.state for change in world.changes] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert [change.state for change in world.changes] == [
+        BreakerState.OPEN,
+        BreakerState.HALF_OPEN,
+        BreakerState.CLOSED,
+    ]
     assert one in world.picks(where)
     assert not list(world.balancer.broken())
 
@@ -81,7 +87,7 @@ def test_endpoints_with_bad_responses_are_used_if_there_are_no_better_ones() -> 
     assert len(world.changes) == 3, "that has changed nothing"
     world.succeed(where, worse)
     assert set(world.picks(where)) == {worse}
-    assert world.changes[-1].state is State.CLOSED
+    assert world.changes[-1].state is BreakerState.CLOSED
 
 
 def test_one_that_stops_responding_is_used_no_more_for_want_of_better_ones() -> None:
@@ -202,7 +208,7 @@ def test_a_probe_that_gets_no_answer_does_not_keep_others_from_trying() -> None:
     assert not world.balancer.trial(where), "but not if another cluster could serve the request"
     assert world.endpoint_set.pick(where) is one
     second = world.endpoint_set.begin(where.policy, one, alone=True)
-    assert [change.state for change in world.changes] == [State.OPEN, State.HALF_OPEN]
+    assert [change.state for change in world.changes] == [BreakerState.OPEN, BreakerState.HALF_OPEN]
     second.record_response(0.01)
     second.end()
     assert not world.endpoint_set.broken

@@ -8,10 +8,10 @@ import msgspec
 
 from control.contract import SpiffeId
 from control.discovery.catalog import Catalog, Changes
-from control.discovery.document import document
+from control.discovery.directory_document import document
 from control.discovery.entries import EndpointEntry, ServiceEntry
 from control.discovery.facts import node_zone, pod_fact, service_fact, slice_fact
-from control.discovery.views import NOWHERE, Place
+from control.discovery.usable_endpoints import NOWHERE, Place
 from control.kube.objects import EndpointSlice, PartialObjectMetadata, Pod, Service
 from control.kube.resources import Key
 from proxy.directory import Directory, parse

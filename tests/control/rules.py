@@ -13,15 +13,15 @@ from typing import Any, Self
 import pytest
 import trio
 
+from control.kube.api_errors import Refused
 from control.kube.client import Selection
-from control.kube.errors import Refused
-from control.kube.leases import Election, LeaseRules
+from control.kube.event_recorder import EventContent, EventRecorder, RecorderRules
+from control.kube.leader_election import Election, LeaseRules
 from control.kube.objects import Lease, Meta, ObjectReference, Pod, ResourceAttributes, UserInfo
-from control.kube.recorder import EventContent, Recorder, RecorderRules
 from control.kube.reflector import Reflector
 from control.kube.resources import EVENTS, LEASES, PODS, SERVICES
 from control.kube.reviews import may, review_token, service_account
-from control.kube.watching import Bookmark, Change, Lines, event_of
+from control.kube.watching import Bookmark, Lines, ObjectChange, event_of
 from tests.control.stage import CONFIG_MAPS, METADATA, ConfigMap, Reports, Stage, follow
 
 # A real API server has config maps of its own in every namespace.
@@ -37,7 +37,7 @@ class Watching:
             selection,
             {"timeoutSeconds": "60", **query},
         )
-        self._events: list[Change[ConfigMap] | Bookmark] = []
+        self._events: list[ObjectChange[ConfigMap] | Bookmark] = []
         self._lines = Lines(2**20)
 
     async def __aenter__(self) -> Self:
@@ -47,7 +47,7 @@ class Watching:
     async def __aexit__(self, *_: object) -> None:
         await self._answer.aclose()
 
-    async def next(self) -> Change[ConfigMap] | Bookmark:
+    async def next(self) -> ObjectChange[ConfigMap] | Bookmark:
         with trio.fail_after(30):
             while not self._events:
                 piece = await self._answer.read()
@@ -58,7 +58,7 @@ class Watching:
     async def named(self) -> tuple[str, str]:
         """The events, as (what happened, name of the object)."""
         event = await self.next()
-        assert isinstance(event, Change)
+        assert isinstance(event, ObjectChange)
         return (
             "gone" if event.gone else "added" if event.added else "changed"
         ), event.item.metadata.name
@@ -275,10 +275,10 @@ async def test_a_watch_reports_what_has_happened_since_a_version_in_order(
     async with Watching(stage, stage.here, resourceVersion=since) as watch:
         assert await watch.named() == ("added", "one")
         event = await watch.next()
-        assert isinstance(event, Change)
+        assert isinstance(event, ObjectChange)
         assert (event.added, event.gone, event.item.data) == (False, False, {"a": "2"})
         gone = await watch.next()
-        assert isinstance(gone, Change)
+        assert isinstance(gone, ObjectChange)
         assert gone.gone
         assert int(gone.item.metadata.resource_version) > int(event.item.metadata.resource_version)
 
@@ -326,14 +326,14 @@ async def test_a_stream_of_metadata(clock: object, stage: Stage) -> None:
         "timeoutSeconds": "60",
     }
     lines = Lines(2**20)
-    events: list[Change[Any] | Bookmark] = []
+    events: list[ObjectChange[Any] | Bookmark] = []
     async with await stage.client.watch(
         METADATA, Selection(stage.namespace, "of=ours"), query
     ) as answer:
         with trio.fail_after(30):
             while len(events) < 2:
                 events += [event_of(line, METADATA) for line in lines.feed(await answer.read())]
-    assert isinstance(events[0], Change)
+    assert isinstance(events[0], ObjectChange)
     assert events[0].item.metadata.name == "one"
     assert isinstance(events[1], Bookmark)
     assert events[1].complete
@@ -465,7 +465,7 @@ async def test_a_lease_keeps_fields_of_other_writers(clock: object, stage: Stage
 async def test_an_event_is_written_once_with_a_count(
     clock: object, stage: Stage, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(
+    recorder = EventRecorder(
         stage.client, "isthmus.dev/test", "test-1", RecorderRules(repeat_interval=2.0)
     )
     service = await stage.service("web")

@@ -17,8 +17,8 @@ from trio.abc import Clock
 
 from control.kube import access
 from control.kube.access import Access, Secret, in_cluster, kubeconfig, kubeconfig_file
+from control.kube.api_errors import AccessError, Unreachable
 from control.kube.client import Client, Selection
-from control.kube.errors import AccessError, Unreachable
 from control.kube.resources import SERVICES
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS

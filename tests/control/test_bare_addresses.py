@@ -11,7 +11,7 @@ import pytest
 
 from control.channel.views import Views
 from control.contract import Hint
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.directory.channel.messages import Frames, Update, from_control
 from proxy.directory.channel.views import Content, PodView, UnknownView, decode
 from tests.control.cluster import Cluster, Json, endpoint, identity, pod, port, service, slice_of

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from control.contract import SpiffeId
 from control.discovery.facts import pod_fact
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from control.kube.objects import Pod
 from proxy.directory import UNANSWERED
 from proxy.directory.channel.messages import (

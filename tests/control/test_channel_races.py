@@ -12,7 +12,7 @@ import trio
 
 from control.channel.session import Session
 from control.channel.views import Views
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.directory.channel.messages import (
     ChannelError,
     Frames,

@@ -11,8 +11,8 @@ import trio.testing
 from trio.abc import Clock
 
 from control.kube.access import Access, Secret
+from control.kube.api_errors import InvalidAnswer, Refused, TooLarge, Unreachable
 from control.kube.client import Client, ClientLimits, Selection, refusal
-from control.kube.errors import InvalidAnswer, Refused, TooLarge, Unreachable
 from control.kube.resources import SERVICES
 from lab.kube_api.server import ApiServer, Fault, refuse
 from tests.control.conftest import AT

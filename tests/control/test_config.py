@@ -9,7 +9,7 @@ import pytest
 
 from control.config import Settings, load
 from control.kube.backoff import BackoffRules
-from control.kube.leases import LeaseRules
+from control.kube.leader_election import LeaseRules
 from control.kube.reflector import WatchRules
 from proxy.settings.declare import fields, is_struct
 from proxy.settings.reference import tables

@@ -10,7 +10,7 @@ import pytest
 
 from control.contract import Hint
 from control.discovery.entries import PodEntry
-from control.discovery.views import Place, usable
+from control.discovery.usable_endpoints import Place, usable
 from proxy.directory import Endpoint, Target
 from proxy.net.address import Address
 from tests.control.cluster import (

@@ -11,7 +11,7 @@ import trio
 
 from proxy.errors import (
     TABLE,
-    Answer,
+    ErrorAnswer,
     LoopDetected,
     NoEndpoint,
     NotAuthorised,
@@ -105,7 +105,7 @@ async def test_an_error_becomes_its_response(error: Exception, status: int, kind
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: row.reason)
-def test_every_row_of_the_table_makes_a_response(row: Answer) -> None:
+def test_every_row_of_the_table_makes_a_response(row: ErrorAnswer) -> None:
     head, body = made_up(row, b"test", "why")
     assert PROXY_STATUS.fullmatch(head.headers.get(b"proxy-status") or b"")
     assert body.receive_nowait() == f"{row.proxy_status}: why\n".encode()

@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from OpenSSL import SSL
 
-from control.channel.server import About, Channel, ChannelLimits
+from control.channel.server import Announcement, Channel, ChannelLimits
 from control.contract import Hint, SpiffeId
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
@@ -147,7 +147,7 @@ class Workshop:
         """A replica; yields its port."""
         identity = self.identity(CONTROL, *roots, control=True)
         known = catalog if catalog is not None else self.catalog
-        channel = Channel(known, identity, ChannelLimits(**limits), About("replica"))
+        channel = Channel(known, identity, ChannelLimits(**limits), Announcement("replica"))
         listener = bind(Address(host, port))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.serve, [listener])  # noqa: ASYNC113  # the socket listens already

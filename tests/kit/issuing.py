@@ -22,7 +22,7 @@ from control.identity.own import OwnCredentials
 from control.identity.service import IssuingService
 from control.kube.access import Access
 from control.kube.client import Client
-from control.kube.recorder import Recorder
+from control.kube.event_recorder import EventRecorder
 from control.kube.resources import Key
 from lab.kube_api.server import ApiServer
 from proxy.config.schema_files import EnrollmentConfig, IdentityConfig
@@ -77,7 +77,7 @@ class Issuing:
         write_issuer(self.directory, self.root)
         self.server.behaviour.tokens[""] = {}  # the control plane's own requests
         client = Client(Access("api.test", 6443, None), dial=self.server.dial)
-        self.recorder = Recorder(client, "isthmus.dev/control", "control-0")
+        self.recorder = EventRecorder(client, "isthmus.dev/control", "control-0")
         self.issuer = Issuer(self.directory, (self.roots,), CONTROL, self.now)
         self.authority = Authority(
             DOMAIN,

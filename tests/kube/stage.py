@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from control.kube import objects
-from control.kube.errors import Refused
+from control.kube.api_errors import Refused
 from control.kube.http import Request
 from control.kube.resources import Resource
 from tests.control.stage import CONFIG_MAPS, Stage

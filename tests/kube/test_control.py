@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from control.kube.leases import LeaseRules
+from control.kube.leader_election import LeaseRules
 from control.kube.objects import ResourceAttributes, UserInfo
 from control.kube.reviews import may
 from lab.kube.cluster import Cluster
@@ -18,7 +18,7 @@ from tests.kube.installed import CONTROL, NAMESPACE, Installed, documents, joine
 from tests.kube.stage import RealStage
 
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{CONTROL}"
-# Seconds in which a replica takes over from a leader that hangs: see leases.py.
+# Seconds in which a replica takes over from a leader that hangs: see leader_election.py.
 TAKEOVER = LeaseRules().duration + 2 * LeaseRules().retry_interval
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from proxy.net.memory_budget import SMALL, UNCOUNTED, UNLIMITED, Budget, Charge, Share
+from proxy.net.memory_budget import SMALL, UNCOUNTED, UNLIMITED, Charge, MemoryBudget, Share
 
 MIB = 2**20
 
 
 def test_nothing_is_limited_while_half_of_the_budget_is_free() -> None:
-    budget = Budget(100 * MIB)
+    budget = MemoryBudget(100 * MIB)
     share = budget.share(50 * MIB)
     assert (share.over, share.full, share.read_size(65536)) == (False, False, 65536)
     share.charge(1)
@@ -31,7 +31,7 @@ def test_nothing_is_limited_while_half_of_the_budget_is_free() -> None:
 def test_connections_that_take_all_they_may_leave_some_for_others(connections: int) -> None:
     """Each connection without an identity takes 64 KiB at a time until it is above its threshold,
     with 4 MiB wanted by each."""
-    budget = Budget(345 * MIB)
+    budget = MemoryBudget(345 * MIB)
     shares = [budget.share() for _ in range(connections)]
     moved = True
     while moved:
@@ -49,7 +49,7 @@ def test_connections_that_take_all_they_may_leave_some_for_others(connections: i
 
 
 def test_new_work_is_refused_to_clients_without_an_identity_first() -> None:
-    budget = Budget(160 * MIB)
+    budget = MemoryBudget(160 * MIB)
     received: list[str] = []
     budget.on_action = received.append
     client, member = budget.share(), budget.share(member=True)
@@ -70,7 +70,7 @@ def test_new_work_is_refused_to_clients_without_an_identity_first() -> None:
 
 
 def test_a_client_that_shows_an_identity_is_counted_as_a_member() -> None:
-    budget = Budget(100)
+    budget = MemoryBudget(100)
     share = budget.share(40)
     share.admit()
     share.admit()
@@ -82,7 +82,7 @@ def test_a_client_that_shows_an_identity_is_counted_as_a_member() -> None:
 
 
 def test_reads_get_smaller_as_memory_runs_out() -> None:
-    budget = Budget(32 * MIB)
+    budget = MemoryBudget(32 * MIB)
     share = budget.share()
     sizes = []
     while budget.open_used < budget.open_limit:
@@ -94,7 +94,7 @@ def test_reads_get_smaller_as_memory_runs_out() -> None:
 
 
 async def test_a_connection_above_its_threshold_waits_until_others_release() -> None:
-    budget = Budget(100 * MIB)
+    budget = MemoryBudget(100 * MIB)
     large, small = budget.share(64 * MIB), budget.share(2 * MIB)
     went: list[str] = []
 
@@ -115,7 +115,7 @@ async def test_a_connection_above_its_threshold_waits_until_others_release() -> 
 
 
 async def test_a_cancelled_task_does_not_wait_any_more() -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     share = budget.share(9)
     with trio.move_on_after(0.01) as scope:
         await share.below()
@@ -125,7 +125,7 @@ async def test_a_cancelled_task_does_not_wait_any_more() -> None:
 
 
 def test_the_largest_is_closed_first_after_its_patience() -> None:
-    budget = Budget(100 * MIB, patience=10)
+    budget = MemoryBudget(100 * MIB, patience=10)
     closed: list[int] = []
     shares = [budget.share((number + 1) * MIB) for number in range(12)]
 
@@ -150,7 +150,7 @@ def test_the_largest_is_closed_first_after_its_patience() -> None:
 
 
 def test_the_patience_begins_anew_when_a_connection_was_below() -> None:
-    budget = Budget(100 * MIB, patience=10)
+    budget = MemoryBudget(100 * MIB, patience=10)
     closed: list[bool] = []
     share = budget.share(60 * MIB)
     share.on_exhausted = lambda: closed.append(True)
@@ -167,7 +167,7 @@ def test_the_patience_begins_anew_when_a_connection_was_below() -> None:
 
 
 async def test_one_that_is_not_read_and_whose_client_has_gone_is_closed_at_once() -> None:
-    budget = Budget(100 * MIB, patience=3600)
+    budget = MemoryBudget(100 * MIB, patience=3600)
     closed: list[bool] = []
     share = budget.share(60 * MIB)
     share.on_exhausted = lambda: closed.append(True)
@@ -184,7 +184,7 @@ async def test_one_that_is_not_read_and_whose_client_has_gone_is_closed_at_once(
 
 
 def test_a_charge_after_the_end_is_not_counted() -> None:
-    budget = Budget(100)
+    budget = MemoryBudget(100)
     share = budget.share(10)
     charge = Charge(share)
     charge.become(20)
@@ -197,7 +197,7 @@ def test_a_charge_after_the_end_is_not_counted() -> None:
 
 
 def test_without_a_budget_nothing_is_limited() -> None:
-    assert Budget().limit == UNLIMITED
+    assert MemoryBudget().limit == UNLIMITED
     UNCOUNTED.charge(2**40)
     assert not UNCOUNTED.over
     assert not UNCOUNTED.full
@@ -217,7 +217,7 @@ STEPS = st.lists(
 @settings(max_examples=200)
 @given(STEPS)
 def test_the_sums_are_those_of_the_shares(steps: list[tuple[str, int, int]]) -> None:
-    budget = Budget(40 * MIB)
+    budget = MemoryBudget(40 * MIB)
     shares: dict[int, tuple[Share, Charge]] = {}
     held: dict[int, int] = {}
     kept: dict[int, int] = {}
@@ -253,7 +253,7 @@ def test_the_sums_are_those_of_the_shares(steps: list[tuple[str, int, int]]) -> 
 
 
 def test_small_buffers_are_not_charged() -> None:
-    share = Budget(100 * MIB).share()
+    share = MemoryBudget(100 * MIB).share()
     with share.holding(SMALL):
         assert share.held == 0
     with share.holding(SMALL + 1):

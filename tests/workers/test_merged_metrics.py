@@ -10,13 +10,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.metric_families import Families
 from proxy.telemetry.metrics import Metrics
-from proxy.workers.merged_metrics import Family, MergedMetrics, reading
+from proxy.workers.merged_metrics import MergedMetrics, MetricSamples, reading
 from tests.workers.exposition import samples
 
 RULES = Metrics().families.rules
 
 
-def counted(value: float) -> list[Family]:
+def counted(value: float) -> list[MetricSamples]:
     families = Families("")
     families.counter("a_total", "Things.").at().inc(value)
     families.gauge("b", "State.").at().set(value)

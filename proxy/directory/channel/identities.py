@@ -25,7 +25,7 @@ _NO_PORTS: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class IdentityChange:
     """See assembly.Losses."""
 
     former: Mapping[str | Address, Former]
@@ -40,7 +40,7 @@ class Identities:
         self._known: dict[str, Known] = {}
         self._entries: Counter[str | Address] = Counter()  # that have the address
 
-    def apply(self, contents: Mapping[str, Content | None]) -> Change:
+    def apply(self, contents: Mapping[str, Content | None]) -> IdentityChange:
         """Use these contents from now on."""
         gone: Known = {}
         lost: Known = {}
@@ -59,7 +59,7 @@ class Identities:
             meshed.update(what for what in after if isinstance(what, str))
             plain |= pods - after.keys()
         former = {what: entry for what, entry in gone.items() if what not in self._entries}
-        return Change(former | lost, frozenset(meshed), frozenset(plain))
+        return IdentityChange(former | lost, frozenset(meshed), frozenset(plain))
 
     def drop(self, keys: Collection[str]) -> Known:
         """Forget these entries. Returns the addresses that no other entry has."""

@@ -40,7 +40,7 @@ from proxy.directory.channel.messages import (
 )
 from proxy.directory.channel.pauses import Pauses
 from proxy.directory.channel.subscriptions import (
-    Entry,
+    FollowedEntry,
     Subscriptions,
     address_key,
     service_key,
@@ -188,7 +188,7 @@ class ControlSource:
         if host in self._assembly.requested.unidentified:
             self.unanswered += 1
 
-    def use(self, key: str) -> Entry:
+    def use(self, key: str) -> FollowedEntry:
         """Use an entry; `release` ends the use."""
         entry = self.subscriptions.want(key)
         self._tidy()
@@ -200,7 +200,7 @@ class ControlSource:
         """The host's entry is in use, and may be unknown."""
         self._assembly.requested.hosts.add(host)
 
-    def release(self, entry: Entry) -> None:
+    def release(self, entry: FollowedEntry) -> None:
         """End a use."""
         self.subscriptions.release(entry, trio.current_time())
         self._tidy()
@@ -483,7 +483,7 @@ class _Held:
     def __init__(self, source: ControlSource, host: str) -> None:
         self._source = source
         self._host = host
-        self._entry: Entry | None = None
+        self._entry: FollowedEntry | None = None
 
     def __enter__(self) -> None:
         self._entry = self._source.use(address_key(self._host))

@@ -50,7 +50,7 @@ def service_key(name: str) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class FollowedEntry:
     """One entry. `waiting`: no answer yet. `known`: it has a content, which may be that the mesh
     does not have it. `users`: open connections that use it; `unused`: since when there are none.
     `withheld`: the replica cannot tell now whether the entry exists."""
@@ -71,23 +71,23 @@ class Subscriptions:
     called with the key of an entry before it is dropped because it is unused. False: it stays."""
 
     def __init__(self, most: int, may_drop: Callable[[str], bool] = lambda _: True) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, FollowedEntry] = {}
         self.dropped: list[str] = []
         self.connected = False
         self._most = self._limit = most
         self._may_drop = may_drop
-        self._unused: OrderedDict[str, Entry] = OrderedDict()
+        self._unused: OrderedDict[str, FollowedEntry] = OrderedDict()
         self._add: dict[str, None] = {}
         self._remove: dict[str, None] = {}
         self._refused = 0
 
     # What the proxy uses
 
-    def want(self, key: str) -> Entry:
+    def want(self, key: str) -> FollowedEntry:
         """Use an entry. The caller must `release` it."""
         entry = self.entries.get(key)
         if entry is None:
-            entry = self.entries[key] = Entry(key)
+            entry = self.entries[key] = FollowedEntry(key)
             if len(self.entries) - self._refused > self._limit and not self._drop_unused(key):
                 entry.state = "refused"
                 self._refused += 1
@@ -98,7 +98,7 @@ class Subscriptions:
         entry.users += 1
         return entry
 
-    def release(self, entry: Entry, now: float) -> None:
+    def release(self, entry: FollowedEntry, now: float) -> None:
         """A use of the entry has ended."""
         entry.users -= 1
         if not entry.users:
@@ -141,7 +141,7 @@ class Subscriptions:
         self._drop(entry)
         return True
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: FollowedEntry) -> None:
         key = entry.key
         del self.entries[key]
         self._unused.pop(key, None)
@@ -152,7 +152,7 @@ class Subscriptions:
             self._remove[key] = None
         self.dropped.append(key)
 
-    def _follow(self, entry: Entry) -> None:
+    def _follow(self, entry: FollowedEntry) -> None:
         if entry.key in self._remove:  # the control plane still has the former subscription
             del self._remove[entry.key]
             entry.sent = True
@@ -207,11 +207,11 @@ class Subscriptions:
             raise ChannelError(f"{type(message).__name__} from the control plane")
         return []
 
-    def _sent(self, keys: Iterable[str]) -> list[Entry]:
+    def _sent(self, keys: Iterable[str]) -> list[FollowedEntry]:
         found = (self.entries.get(key) for key in keys)
         return [entry for entry in found if entry is not None and entry.sent]
 
-    def _set(self, entry: Entry, state: State) -> None:
+    def _set(self, entry: FollowedEntry, state: State) -> None:
         self._refused += (state == "refused") - (entry.state == "refused")
         entry.state = state
 

@@ -30,7 +30,7 @@ from proxy.net.tls.openssl_errors import explain
 from proxy.net.tls.tls_stream import TLSStream
 from proxy.net.tls.verify import (
     Chain,
-    Verdict,
+    VerificationState,
     Verify,
     chain_end,
     demand_certificate,
@@ -78,7 +78,7 @@ async def tls_server(
     try:
         await take_step()  # thousands of clients may send their ClientHello at once
         connection = SSL.Connection(context, stream.socket)
-        connection.set_app_data(Verdict(verify))
+        connection.set_app_data(VerificationState(verify))
         connection.set_accept_state()
         await _handshake(connection, stream, timeout)
         info = _info(
@@ -105,7 +105,7 @@ async def tls_client(
     """
     try:
         connection = SSL.Connection(context, stream.socket)
-        connection.set_app_data(Verdict(verify))
+        connection.set_app_data(VerificationState(verify))
         if offer.server_name:
             connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
         if offer.alpn:

@@ -141,7 +141,8 @@ def _loss(connection: SSL.Connection) -> int:
 def _judge(found: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
     for reason in found:
         if reason == _CERTIFICATE_REFUSED:
-            words = getattr(connection.get_app_data(), "refusal", None)  # see verify.Verdict
+            # an attribute of verify.VerificationState
+            words = getattr(connection.get_app_data(), "refusal", None)
             return "certificate", (
                 words if isinstance(words, str) else "the peer's certificate was refused"
             )

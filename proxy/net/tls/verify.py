@@ -111,7 +111,7 @@ _REMEMBERED = 1024
 _chains: OrderedDict[bytes, Chain] = OrderedDict()
 
 
-class Verdict:
+class VerificationState:
     """The state of a connection's verification: its application data during the handshake."""
 
     __slots__ = ("chain", "error", "outcome", "refusal", "verify")
@@ -124,11 +124,11 @@ class Verdict:
         self.error: Exception | None = None  # what `verify` raised
 
 
-def verdict_of(connection: SSL.Connection) -> Verdict:
+def verdict_of(connection: SSL.Connection) -> VerificationState:
     """Return the verdict on the peer of `connection`. Create it if there is none."""
     found = connection.get_app_data()
-    if not isinstance(found, Verdict):
-        found = Verdict(None)
+    if not isinstance(found, VerificationState):
+        found = VerificationState(None)
         connection.set_app_data(found)
     return found
 
@@ -161,7 +161,7 @@ def _on_certificate(verification: Verification, accepted: bool) -> int | None:
 _CALLBACK = verification_callback(_on_certificate)
 
 
-def _judge(verdict: Verdict, shown: bytes) -> tuple[str, Alert] | None:
+def _judge(verdict: VerificationState, shown: bytes) -> tuple[str, Alert] | None:
     """Check a chain that the library accepts. Return the reason and alert of a refusal, or None."""
     try:
         leaf, chain, flaw = _read(shown)

@@ -42,7 +42,7 @@ class Block(list[Pair]):
         self.head: RequestHead | ResponseHead | None = None
 
 
-class Secret(tuple[bytes, bytes]):
+class NeverIndexedField(tuple[bytes, bytes]):
     """A field that arrived as never-indexed, and must be forwarded as such (RFC 7541 §6.2.3).
 
     In Headers it behaves like any other field.
@@ -206,7 +206,7 @@ def _look_again(headers: Headers, noted: list[Pair]) -> None:
 def _shortened(pair: Pair) -> Pair:
     """A Content-Length without leading zeros."""
     short = (pair[0], b"%d" % int(pair[1]))
-    return Secret(short) if isinstance(pair, Secret) else short
+    return NeverIndexedField(short) if isinstance(pair, NeverIndexedField) else short
 
 
 def _join(headers: Headers, cookies: list[Pair]) -> None:
@@ -217,8 +217,10 @@ def _join(headers: Headers, cookies: list[Pair]) -> None:
     """
     joined = b"; ".join([value for _, value in cookies if value])
     headers.replace(b"cookie", joined)
-    if any(isinstance(pair, Secret) for pair in cookies):
-        headers.items = [Secret(pair) if pair[0] == b"cookie" else pair for pair in headers.items]
+    if any(isinstance(pair, NeverIndexedField) for pair in cookies):
+        headers.items = [
+            NeverIndexedField(pair) if pair[0] == b"cookie" else pair for pair in headers.items
+        ]
 
 
 def request_pairs(head: RequestHead) -> list[Pair]:

@@ -31,7 +31,7 @@ from hpack.hpack import encode_integer
 from hpack.table import HeaderTable
 
 from proxy.wire.h2.events import HeadTooLarge
-from proxy.wire.h2.fields import Block, Pair, Secret
+from proxy.wire.h2.fields import Block, NeverIndexedField, Pair
 from proxy.wire.h2.frames import Code, ConnectionFault
 
 # The memory limit of the cache of one direction (bytes, including keys), by a rough upper estimate.
@@ -140,7 +140,7 @@ def _recognise(block: bytes, table: HeaderTable) -> list[Pair] | None:
             else:
                 name, at = _text(block, at)
             value, at = _text(block, at)
-            pairs.append(Secret((name, value)) if first & 0x10 else (name, value))
+            pairs.append(NeverIndexedField((name, value)) if first & 0x10 else (name, value))
     except (IndexError, _NotPlain):
         return None
     return pairs
@@ -219,7 +219,9 @@ class Decoder:
                 Code.COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}"
             ) from error
         return [
-            (bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1])))
+            (bytes(f[0]), bytes(f[1]))
+            if f.indexable
+            else NeverIndexedField((bytes(f[0]), bytes(f[1])))
             for f in decoded
         ]
 
@@ -258,7 +260,7 @@ class Encoder:
         known = self._known
         pieces = [self._resized()] if self._sizes is not None else []
         for pair in pairs:
-            # A Secret is equal to a plain tuple, but must not use its cache entry.
+            # A NeverIndexedField is equal to a plain tuple, but must not use its cache entry.
             piece = known.get(pair) if type(pair) is tuple else None
             pieces.append(self._field(pair) if piece is None else piece)
         block = b"".join(pieces)
@@ -278,7 +280,7 @@ class Encoder:
         name, value = pair
         static = _STATIC.get(name)
         if (
-            isinstance(pair, Secret)
+            isinstance(pair, NeverIndexedField)
             or name in _NEVER
             or (name == b"cookie" and len(value) < _SHORT_COOKIE)
         ):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from control.channel.views import service_view
 from control.discovery.entries import ServiceEntry
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.config.schema_files import ControlPlaneConfig
 from proxy.directory import UNIDENTIFIED, Former
 from proxy.directory.channel.connector import Connector

@@ -14,7 +14,7 @@ from control.channel.session import Session
 from control.channel.views import Views
 from control.discovery.catalog import Changes
 from control.discovery.entries import PodEntry, ServiceEntry
-from control.discovery.views import Place
+from control.discovery.usable_endpoints import Place
 from proxy.directory.channel.assembly import Assembly
 from proxy.directory.channel.messages import (
     MOST_FROM_PROXY,
@@ -26,7 +26,12 @@ from proxy.directory.channel.messages import (
     from_control,
     from_proxy,
 )
-from proxy.directory.channel.subscriptions import Entry, Subscriptions, address_key, service_key
+from proxy.directory.channel.subscriptions import (
+    FollowedEntry,
+    Subscriptions,
+    address_key,
+    service_key,
+)
 from proxy.directory.channel.views import Content, decode
 from proxy.net.address import Address
 from tests.kit.channel import WEB, Entries, service
@@ -49,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.proxy = Subscriptions(MOST)
         self.assembly = Assembly()
         self.known: dict[str, Content | None] = {}
-        self.held: list[Entry] = []
+        self.held: list[FollowedEntry] = []
         self.session: Session | None = None
         self.there, self.back = b"", b""
         self.now = 0.0
@@ -106,7 +111,7 @@ class Machine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         self.end(self.held[data.draw(st.integers(0, len(self.held) - 1))])
 
-    def end(self, entry: Entry) -> None:
+    def end(self, entry: FollowedEntry) -> None:
         self.held.remove(entry)
         self.now += 1
         self.proxy.release(entry, self.now)

@@ -17,7 +17,7 @@ from proxy.wire.h1.body import ChunkedReader
 from proxy.wire.h1.connection import Http1Connection, Role
 from proxy.wire.h1.fast_head import recognise_request, recognise_response
 from proxy.wire.h1.strict_head import check_framing, decide_request, decide_response
-from proxy.wire.h2.fields import Secret, request_head, response_head, trailers
+from proxy.wire.h2.fields import NeverIndexedField, request_head, response_head, trailers
 from proxy.wire.messages import Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 from tests.kit.chunkings import byte_by_byte
 from tests.kit.http2 import OK as OK2
@@ -398,10 +398,10 @@ def test_a_content_length_is_forwarded_without_leading_zeros_in_both_versions(
     assert decide_response(
         head("HTTP/1.1 200 OK", f"Content-Length: {sent}"), LIMITS
     ).headers.items == [(b"Content-Length", written)]
-    field = Secret((b"content-length", sent.encode()))
+    field = NeverIndexedField((b"content-length", sent.encode()))
     assert request_head([*POST2, field]).headers.items[1] == (b"content-length", written)
     assert response_head([*OK2, field]).headers.items == [(b"content-length", written)]
-    assert isinstance(response_head([*OK2, field]).headers.items[0], Secret)
+    assert isinstance(response_head([*OK2, field]).headers.items[0], NeverIndexedField)
 
 
 @pytest.mark.parametrize("name", ["Content-Length ", "Content-Length\t", "Content-Length \t "])

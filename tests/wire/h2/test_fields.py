@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.wire.h2.fields import (
     Block,
-    Secret,
+    NeverIndexedField,
     field_pairs,
     onward_pairs,
     request_head,
@@ -85,14 +85,14 @@ def test_options_may_ask_for_everything() -> None:
 def test_cookies_are_joined_and_a_secret_one_makes_all_secret() -> None:
     head = request_head([*GET, (b"cookie", b"a=1"), (b"x", b"1"), (b"cookie", b"b=2")])
     assert head.headers.items[1:] == [(b"cookie", b"a=1; b=2"), (b"x", b"1")]
-    assert not isinstance(head.headers.items[1], Secret)
-    head = request_head([*GET, (b"cookie", b"a=1"), Secret((b"cookie", b"b=2"))])
-    assert isinstance(head.headers.items[1], Secret)
+    assert not isinstance(head.headers.items[1], NeverIndexedField)
+    head = request_head([*GET, (b"cookie", b"a=1"), NeverIndexedField((b"cookie", b"b=2"))])
+    assert isinstance(head.headers.items[1], NeverIndexedField)
 
 
 def test_a_never_indexed_field_stays_never_indexed() -> None:
-    head = request_head([*GET, Secret((b"x-key", b"1"))])
-    assert isinstance(request_pairs(head)[-1], Secret)
+    head = request_head([*GET, NeverIndexedField((b"x-key", b"1"))])
+    assert isinstance(request_pairs(head)[-1], NeverIndexedField)
 
 
 MALFORMED = {

@@ -14,7 +14,7 @@ from hpack.hpack import encode_integer
 from hypothesis import given, settings
 
 from proxy.wire.h2.events import HeadTooLarge
-from proxy.wire.h2.fields import Pair, Secret
+from proxy.wire.h2.fields import NeverIndexedField, Pair
 from proxy.wire.h2.frames import Code, ConnectionFault
 from proxy.wire.h2.hpack import _REMEMBERED, Decoder, Encoder
 from tests.kit.drawn import Choices, drawn
@@ -177,7 +177,7 @@ def test_any_bytes_are_read_as_a_plain_decoder_reads_them(blocks: list[bytes]) -
         read = ours.decode(block)
         assert read is not None
         assert list(read) == plain(expected)
-        assert [isinstance(field, Secret) for field in read] == [
+        assert [isinstance(field, NeverIndexedField) for field in read] == [
             not field.indexable for field in expected
         ]
         assert table(ours._hpack) == table(theirs)
@@ -188,7 +188,7 @@ def test_a_never_indexed_field_stays_so_even_if_the_same_field_is_in_the_table()
     for _ in range(3):
         encoder.encode([(b"x-a", b"1")])
     (field,) = decoder.decode(literal([(b"x-a", b"1")], 0x10)) or ()
-    assert isinstance(field, Secret)
+    assert isinstance(field, NeverIndexedField)
     assert field == (b"x-a", b"1")
     assert encoder.encode([field]) == literal([(b"x-a", b"1")], 0x10)
     assert encoder.encode([(b"x-a", b"1")]) == b"\xbe"

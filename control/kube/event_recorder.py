@@ -16,9 +16,9 @@ from typing import Annotated
 
 import trio
 
+from control.kube.api_errors import KubeError
 from control.kube.client import Client
 from control.kube.error_log import ErrorLog
-from control.kube.errors import KubeError
 from control.kube.objects import Event, Meta, ObjectReference
 from control.kube.resources import EVENTS
 from proxy.settings.declare import Section, number, seconds
@@ -74,7 +74,7 @@ class _Series:
     stored: Event | None = None
 
 
-class Recorder:
+class EventRecorder:
     """Writes events as `controller`. `instance` is the name of this process."""
 
     def __init__(

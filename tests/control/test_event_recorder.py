@@ -8,8 +8,8 @@ import trio
 from trio.abc import Clock
 
 from control.kube.client import Client
+from control.kube.event_recorder import EventContent, EventRecorder, RecorderRules
 from control.kube.objects import ObjectReference
-from control.kube.recorder import EventContent, Recorder, RecorderRules
 from lab.kube_api.server import ApiServer
 from lab.kube_api.store import KINDS, Json
 
@@ -33,7 +33,7 @@ def events(server: ApiServer) -> list[Json]:
 async def test_writes_are_paced(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(interval=0.2))
+    recorder = EventRecorder(client, "isthmus.dev/control", "c-1", RecorderRules(interval=0.2))
     nursery.start_soon(recorder.run)
     for number in range(100):
         recorder.record(content(f"s{number}"))
@@ -47,7 +47,7 @@ async def test_writes_are_paced(
 async def test_more_than_may_wait_is_dropped_and_counted(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(
+    recorder = EventRecorder(
         client, "isthmus.dev/control", "c-1", RecorderRules(max_queued=10, max_remembered=5)
     )
     for number in range(1000):
@@ -64,7 +64,7 @@ async def test_more_than_may_wait_is_dropped_and_counted(
 async def test_the_same_again_is_a_count_once_in_a_while(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1")
+    recorder = EventRecorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     for _ in range(600):  # ten minutes
         recorder.record(content())
@@ -77,7 +77,7 @@ async def test_the_same_again_is_a_count_once_in_a_while(
 async def test_the_same_after_a_long_time_is_another_event(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1")
+    recorder = EventRecorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     recorder.record(content())
     await trio.sleep(1000)
@@ -90,7 +90,7 @@ async def test_a_server_that_refuses_events_does_no_harm(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
     server.behaviour.forbidden.add("events")
-    recorder = Recorder(client, "isthmus.dev/control", "c-1")
+    recorder = EventRecorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     for _ in range(100):
         recorder.record(content())
@@ -106,7 +106,9 @@ async def test_a_server_that_refuses_events_does_no_harm(
 async def test_an_event_that_was_deleted_is_written_again(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(repeat_interval=1.0))
+    recorder = EventRecorder(
+        client, "isthmus.dev/control", "c-1", RecorderRules(repeat_interval=1.0)
+    )
     nursery.start_soon(recorder.run)
     recorder.record(content())
     await trio.sleep(2)
@@ -121,7 +123,7 @@ async def test_an_event_that_was_deleted_is_written_again(
 async def test_messages_are_cut_to_the_limit_of_the_server(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "i" * 300)
+    recorder = EventRecorder(client, "isthmus.dev/control", "i" * 300)
     nursery.start_soon(recorder.run)
     recorder.record(content("n" * 253, "R" * 300, "ä" * 2000))
     await trio.sleep(1)

@@ -1,6 +1,6 @@
 """Labels and annotations that discovery reads, and their values.
 
-The injector adds a sidecar to a pod and marks the pod with a label. An annotation lists the ports
+The injector adds a sidecar to a pod and gives the pod a label. An annotation lists the ports
 that the sidecar does not intercept. If a value cannot be read, the safer meaning is used: a pod
 with an unknown label value is meshed, and a list of ports with a mistake is ignored. So a typing
 error makes a connection fail, and never sends it in clear text.
@@ -48,7 +48,7 @@ _PROTOCOLS: Mapping[str, Hint] = {
 }
 
 
-class MarkError(ValueError):
+class MetadataError(ValueError):
     """A value cannot be read. The message gives the reason for people."""
 
 
@@ -69,7 +69,7 @@ def hint(app_protocol: str | None) -> Hint:
 
 
 def port_list(text: str) -> frozenset[int]:
-    """Parse ports and ranges, separated by commas. Raises MarkError."""
+    """Parse ports and ranges, separated by commas. Raises MetadataError."""
     found: set[int] = set()
     for part in text.split(","):
         if not part.strip():
@@ -78,15 +78,15 @@ def port_list(text: str) -> frozenset[int]:
         low = _port(first, part)
         high = _port(last, part) if dash else low
         if high < low:
-            raise MarkError(f"{part.strip()[:40]!r} is a range whose end is below its start")
+            raise MetadataError(f"{part.strip()[:40]!r} is a range whose end is below its start")
         if len(found) + high - low >= MOST_PORTS:
-            raise MarkError(f"more than {MOST_PORTS} ports")
+            raise MetadataError(f"more than {MOST_PORTS} ports")
         found.update(range(low, high + 1))
     return frozenset(found)
 
 
 def skipped_ports(annotations: Mapping[str, str]) -> frozenset[int]:
-    """The ports of a meshed pod that its sidecar does not intercept. Raises MarkError."""
+    """The ports of a meshed pod that its sidecar does not intercept. Raises MetadataError."""
     admin = annotations.get(ADMIN)
     return port_list(annotations.get(SKIP_INBOUND_PORTS, "")) | {
         _port(admin.strip(), admin) if admin is not None else ADMIN_PORT
@@ -95,5 +95,5 @@ def skipped_ports(annotations: Mapping[str, str]) -> frozenset[int]:
 
 def _port(text: str, whole: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 5 or not 1 <= int(text) <= 65535:
-        raise MarkError(f"{whole.strip()[:40]!r} is neither a port nor a range like 4000-4010")
+        raise MetadataError(f"{whole.strip()[:40]!r} is neither a port nor a range like 4000-4010")
     return int(text)

@@ -16,7 +16,7 @@ from typing import Any
 
 from control.contract import NOT_SERVED, SpiffeId
 from control.discovery.entries import EndpointEntry, ServiceEntry
-from control.discovery.views import NOWHERE, Place, usable
+from control.discovery.usable_endpoints import NOWHERE, Place, usable
 
 
 def document(

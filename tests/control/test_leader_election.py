@@ -10,7 +10,7 @@ from trio.abc import Clock
 
 from control.kube.access import Access
 from control.kube.client import Client
-from control.kube.leases import Election
+from control.kube.leader_election import Election
 from control.kube.resources import LEASES
 from lab.kube_api.server import ApiServer, Fault, refuse
 from lab.kube_api.store import KINDS

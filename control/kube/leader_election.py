@@ -18,9 +18,9 @@ from typing import Annotated
 import msgspec
 import trio
 
+from control.kube.api_errors import KubeError, Refused
 from control.kube.client import Client
 from control.kube.error_log import ErrorLog
-from control.kube.errors import KubeError, Refused
 from control.kube.objects import Lease, LeaseSpec, Meta
 from control.kube.resources import LEASES
 from proxy.settings.declare import Section, described, seconds
