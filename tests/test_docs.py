@@ -175,6 +175,18 @@ def test_modules_that_documents_name_exist(path: Path) -> None:
     assert not named - known
 
 
+def test_packages_describe_their_modules() -> None:
+    """The docstring of a package has each of its modules and no other."""
+    wrong = []
+    for package in ("control", "loopguard", "proxy", "tracing"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            described = re.findall(r"^ *(\w+\.py)(?: |$)", path.read_text("utf-8"), re.MULTILINE)
+            found = {module.name for module in path.parent.glob("*.py")} - {"__init__.py"}
+            if len(described) != len(set(described)) or set(described) != found:
+                wrong.append(f"{name(path)}: {sorted(found.symmetric_difference(described))}")
+    assert not wrong
+
+
 @pytest.mark.parametrize("path", [*DOCUMENTS, *PICTURES, *EXAMPLES, *PACKAGING], ids=name)
 def test_no_place_on_a_builders_machine_is_named(path: Path) -> None:
     assert not _MACHINE.findall(path.read_text("utf-8"))

@@ -1,8 +1,10 @@
 """The directory: the services, their endpoints and identities, and the gateways of other clusters.
 
 snapshot.py            the immutable snapshot, and its lookups
-reader.py              YAML document -> snapshot, or all its mistakes (with values.py, clusters.py,
-                       splits.py)
+reader.py              YAML document -> snapshot, or all its mistakes
+values.py              single values of the document
+clusters.py            the section `clusters`: other clusters and their gateways
+splits.py              splits and failovers of services
 policy.py              how clients use the endpoints of a service
 service_names.py       the names that an application may use, and the service that each one means
 json_schema.py         the JSON schema of the document

@@ -60,4 +60,19 @@ write. Pipelined requests in the same read wait for the next turn. (Requests fro
 HTTP/2 connection do not wait; the limit on open streams bounds their number.) After each turn, trio
 runs if it has work. If one side does not accept all data, the rest is kept (at most one read), and
 the proxy reads nothing more from the other side until that rest is sent.
+
+Modules
+=======
+
+event_loop.py      the event loop, which runs inside trio's idle wait
+fast_path.py       the entry: which connections, exchanges and relays are on the fast path
+eligibility.py     whether a connection may be lent to the fast path
+plan.py            the interface to the flows: planners, and leases of connections and streams
+host.py            the interfaces between fast_path.py and what is on the fast path
+h1_connection.py   one lent HTTP/1.1 connection and its current exchange
+h1_handoff.py      the handoff of an HTTP/1.1 exchange to the ordinary path
+h2_exchange.py     one HTTP/2 exchange: two streams, joined
+chunked_body.py    a chunked response body
+fast_relay.py      a relay of bytes
+ready_socket.py    one socket: an end of a connection or of a relay
 """

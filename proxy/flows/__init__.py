@@ -3,9 +3,14 @@
 Each flow is the steps of one connection, the plan of its exchanges, and the relay of bytes that are
 not HTTP:
 
-outbound.py, outbound_plan.py, outbound_relay.py    from the application to the mesh
-inbound.py, inbound_plan.py, inbound_relay.py       from the mesh to the application
-gateway.py, gateway_plan.py                         from other clusters to exported services
+outbound.py          from the application to the mesh
+outbound_plan.py
+outbound_relay.py
+inbound.py           from the mesh to the application
+inbound_plan.py
+inbound_relay.py
+gateway.py           from other clusters to exported services
+gateway_plan.py
 
 What the flows share:
 

@@ -15,7 +15,10 @@ liveness.py           detects dead peers
 disconnects.py        detects clients that disconnect
 linger.py             closes connections whose peer is still sending
 datagrams.py          UDP
-address.py, interfaces.py, readiness.py
+address.py            network addresses as values
+resolve.py            addresses of a name, in random order
+interfaces.py         the addresses of this network namespace
+readiness.py          waits for a socket, for several tasks
 exceptions.py         the errors of this package
 tls/                  TLS 1.3 on the socket
 """

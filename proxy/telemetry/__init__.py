@@ -6,6 +6,7 @@ decides nothing.
     request_metrics.py    requests, responses and latency
     endpoint_metrics.py   retries, circuit breakers, queues
     directory_metrics.py  the connection to the control plane
-    log.py                structured log lines, written by a thread; log_output.py writes them
+    log.py                structured log lines, their queue, and the thread that writes them
+    log_output.py         writes lines, and counts those that could not be written
     tracing_setup.py      sampler, queue and exporter, built from the configuration
 """
