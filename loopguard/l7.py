@@ -3,12 +3,12 @@
 The problem
 ===========
 
-Addresses cannot show a loop through an application: an ingress that forwards to its own service,
-two reverse proxies that point at each other, two clusters that each send to the other. Between the
-proxy's inbound and outbound side, the application opens a new connection, and nothing connects the
-two. But software that forwards requests (nginx, HAProxy, ingress controllers) copies unknown header
-fields. So each proxy adds a token to a field of the request. A proxy that finds its own token has
-already seen this request.
+Addresses cannot show a loop through an application. Examples: an ingress that forwards to its own
+service, two reverse proxies that point at each other, two clusters that each send to the other.
+Between the proxy's inbound and outbound side, the application opens a new connection, and nothing
+connects the two. But software that forwards requests (nginx, HAProxy, ingress controllers) copies
+unknown header fields. So each proxy adds a token to a field of the request. A proxy that finds its
+own token has already seen this request.
 
 The field
 =========

@@ -3,13 +3,13 @@
 What a proxy sees of its own connections
 ========================================
 
-*Our own connection comes back to us.* The redirection should exempt the proxy's own connections. If
-it does not (the proxy runs as another user than the rules exempt, or without their mark), each
-connection that we open arrives at our listener, looks like one of the application's, and is opened
-again, without end. This is the most frequent loop in meshes. The same happens if we dial an address
-that the network routes back to this pod. Nothing is in between, so it can be detected exactly: the
-accepted connection has the same addresses and ports, at both ends, as one of our own open
-connections. It is nested in that one, and its depth is one more.
+*Our own connection comes back to us.* The redirection should exempt the proxy's own connections. It
+does not if the proxy runs as another user than the rules exempt, or without their mark. Then each
+connection that we open arrives at our listener and looks like one of the application's. So it is
+opened again, without end. This is the most frequent loop in meshes. The same happens if we dial an
+address that the network routes back to this pod. Nothing is in between, so it can be detected
+exactly: the accepted connection has the same addresses and ports, at both ends, as one of our own
+open connections. It is nested in that one, and its depth is one more.
 
 The innermost connection is refused by closing it. The outer side would see a peer that restarts,
 and would retry. So the refusal is first recorded in the table, at the connection that came back
@@ -37,10 +37,10 @@ What is not detected, and why
 =============================
 
 A relay that answers before it has an answer itself (a greeting) hides this property; then only the
-connection limits apply. The same is true for a loop of opaque connections over two or more pods:
-each proxy sees incoming and outgoing connections, as for every relay, and a protocol without
-answers (syslog) looks the same without a loop. Requests carry tokens (l7.py) and are detected in
-both cases.
+connection limits apply. A loop of opaque connections over two or more pods is not detected either:
+each proxy sees incoming and outgoing connections, as for every relay. A protocol without answers
+(syslog) looks the same without a loop. Requests carry tokens (l7.py) and are detected in both
+cases.
 """
 
 from __future__ import annotations

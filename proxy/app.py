@@ -1,9 +1,9 @@
 """The composition root: it reads certificates and the directory, binds the sockets, builds the
 flows, and runs them.
 
-It is the only module that knows all others. The start follows the dependencies: first the identity,
-because no socket is bound without it if one is configured; then the directory; then the sockets,
-which are bound early and served late. Then the tasks start:
+It is the only module that knows all others. The start follows the dependencies. The identity comes
+first: if one is configured, no socket is bound without it. The directory comes next, and then the
+sockets, which are bound early and served late. Then the tasks start:
 
     run
     ├── admin                    probes and metrics, in a separate thread, from the start to the end

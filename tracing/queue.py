@@ -7,7 +7,7 @@ pauses. Meanwhile the queue fills, and then new spans are dropped and counted. A
 attempts a batch is dropped.
 
 Python runs one thread at a time, so the exporter takes CPU time from the data path. Long stretches
-are worse than the total: a thread that computes keeps the interpreter for 5 ms, and each system
+are worse than the total. A thread that computes keeps the interpreter for 5 ms, and each system
 call of the data path would wait this long to get it back. So spans are prepared a few at a time,
 with a pause after each step that is as long as the step. There are no pauses if the queue is more
 than half full.

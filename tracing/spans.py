@@ -5,10 +5,10 @@ only fills a record with a few references and numbers. The expensive work is don
 the exporter's thread: a pure function from a record to a name, attributes, events and a status.
 
 Span names have few values: `GET` without the path, which has too many values (the conventions
-forbid it); but the full name of a gRPC method. A span has nothing that may be secret: no header
-except User-Agent, no query unless configured (and then without the values of signatures), no user
-information of a URL, and no text of a peer except in the attributes below. The mesh's own
-attributes begin with `isthmus.`; docs/tracing.md lists all.
+forbid it); but the full name of a gRPC method. A span has nothing that may be secret. It has no
+header except User-Agent, and no user information of a URL. It has a query only if configured, and
+then without the values of signatures. It has no text of a peer except in the attributes below. The
+mesh's own attributes begin with `isthmus.`; docs/tracing.md lists all.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Power of two choices: it draws two endpoints at random and takes the less busy one (ewma.py defines
 the load). This is nearly as good as a comparison of all endpoints, and costs the same for five
-endpoints as for five thousand. Unlike a choice of the least busy endpoint, it does not send the
-next request of every client to the same new endpoint (Mitzenmacher, "The Power of Two Choices in
-Randomized Load Balancing").
+endpoints as for five thousand. A choice of the least busy endpoint would send the next request of
+every client to the same new endpoint. This choice does not (Mitzenmacher, "The Power of Two Choices
+in Randomized Load Balancing").
 
 Weights. An endpoint of weight w holds w places, and the draw selects places (weighted.py). If all
 endpoints are equally busy, their shares follow the weights. The load counts the pending requests

@@ -2,8 +2,8 @@
 
 A limit per request does not bound the effect of retries on a service that fails: if every request
 is sent twice, an overloaded service gets twice the load. So retries are also limited in proportion
-to the requests: a fraction (`ratio`) of the requests of the last `ttl` seconds, plus a few per
-second in any case (`min_per_second`), for services with few requests.
+to the requests: to a fraction (`ratio`) of the requests of the last `ttl` seconds. In addition, a
+few per second are always allowed, for services with few requests (`min_per_second`).
 
 The window moves in tenths. To count a request must cost almost nothing, so the caller adds one to
 `requests` and reads no clock. Only when a retry is requested, the requests since the last time are

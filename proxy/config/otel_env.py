@@ -2,7 +2,7 @@
 
 They apply where the file and the ISTHMUS_ variables set nothing: settings for this proxy take
 precedence over settings for the whole pod. As the specification requires, an empty value counts as
-unset, and an unusable value is a warning, not an error: operators set these variables in all
+unset, and an unusable value is a warning, not an error. Operators set these variables in all
 containers, and a proxy that did not start would stop its pod.
 """
 

@@ -9,8 +9,8 @@ from proxy.settings.declare import Section, described, number, ratio, seconds
 
 
 # Tracing is off unless a collector is configured. The queue has OpenTelemetry's numbers. By default
-# the proxy starts no traces: an application, or the edge of the mesh, knows better which requests
-# to trace, and a trace that starts in the middle is incomplete.
+# the proxy starts no traces. An application, or the edge of the mesh, knows better which requests
+# to trace. A trace that starts in the middle is incomplete.
 class TracingConfig(Section, frozen=True):
     """OpenTelemetry spans. If a setting is not given, the proxy uses the standard OTEL_
     variable."""

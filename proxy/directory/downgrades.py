@@ -48,9 +48,9 @@ class Former:
 class Downgrades:
     """The result of a comparison. `refusals`: reasons to refuse the new directory, as sentences. If
     there are none, it is accepted. `former`: addresses that are missing in the new directory, or
-    have lost their identity without permission: pods by host, services by cluster address; also
-    those of services without endpoints, which may leave next. `missing`: services with identities
-    that are missing without permission."""
+    have lost their identity without permission. The keys are the hosts of pods and the cluster
+    addresses of services. Services without endpoints are included, because they may leave next.
+    `missing`: services with identities that are missing without permission."""
 
     refusals: tuple[str, ...] = ()
     former: Mapping[str | Address, Former] = field(default_factory=dict)

@@ -8,8 +8,8 @@ In Kubernetes, a pod can refer to a service `c` in the namespace `shop` as
     c.shop.svc.cluster.local      with the cluster's domain, and optionally a trailing dot
 
 in upper or lower case, with or without a port. A service of another cluster, for example `east`,
-has the names of a mirror service in this cluster, in all these forms, or the name of the cluster
-after a dot:
+has the names of a mirror service in this cluster, in all these forms. The name of the cluster may
+also follow after a dot:
 
     c-east, c-east.shop, c-east.shop.svc, c-east.shop.svc.cluster.local
     c.east                        in the pod's own namespace

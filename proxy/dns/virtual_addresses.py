@@ -15,8 +15,8 @@ names in the directory have an address from the start, before any query. So an a
 restart still works after it.
 
 *An address has one owner, and a collision does not depend on the order.* Each name has a sequence
-of hashes. If the first of two names kept the address on a collision, then after a restart, with
-another order, the other name might get it, and a request of an old client would go to the wrong
+of hashes. Assume that on a collision the first of two names kept the address. After a restart, with
+another order, the other name might get it. Then a request of an old client would go to the wrong
 service. So an address that two names propose in one batch is contested and belongs to neither. Both
 go on to their next hash. The result does not depend on the order: a name moves on only if its
 address is contested, and a contested address stays contested. (One case remains: a name keeps its
@@ -24,10 +24,10 @@ address, and a new name finds it taken. After a restart both collide and both mo
 the first name then get an error. They are not sent to another service.)
 
 *An address is not reused while a client may still have it.* A name that left the directory keeps
-its address in quarantine, until no connection uses it and `quarantine` seconds have passed since
-the last connection or the last possible response with it. Until then, the proxy knows the name
-behind such a connection and refuses it with that name. If the name returns, it gets its address
-back.
+its address in quarantine, until no connection uses it. In addition, `quarantine` seconds must have
+passed since the last connection, and since the last possible response with it. Until then, the
+proxy knows the name behind such a connection and refuses it with that name. If the name returns, it
+gets its address back.
 
 How likely is a collision? With n names in 240.0.0.0/4, there are n * n / 2**29 pairs: one in 500
 for a thousand names, and one pair in five for ten thousand names. In the IPv6 range, never.

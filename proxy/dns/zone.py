@@ -20,11 +20,11 @@ keeps working:
 * A name of a service of this cluster, or below one (`pod-0.db.default.svc.cluster.local`), is
   forwarded. This rule comes first: a name that works without the mesh keeps its meaning when a
   cluster is added.
-* A name of a service of another cluster is answered: alone (proxy/directory/service_names.py
-  has the forms), or followed by one of the pod's search domains. So the search ends at the first
-  step, without a query to another server. The search domain `svc.<domain>` is an exception: the
-  rest would be read as `c` of the cluster `east`, but `c.east.svc.cluster.local` means a namespace
-  of this cluster, and no search needs it.
+* A name of a service of another cluster is answered: alone (proxy/directory/service_names.py has
+  the forms), or followed by one of the pod's search domains. So the search ends at the first step,
+  without a query to another server. The search domain `svc.<domain>` is an exception. The rest
+  would be read as `c` of the cluster `east`, but `c.east.svc.cluster.local` means a namespace of
+  this cluster. No search needs it.
 * For a name below the name of another cluster as a top-level domain, only this proxy is
   responsible: `gone.east` does not exist (NXDOMAIN), and no other server is asked. `east` itself,
   and `shop.east` if that namespace has a service, exist without an address (NODATA, RFC 8020).

@@ -6,9 +6,9 @@ writes the span's id into the headers, and puts references and times into a reco
 tracing/ creates the span from it later, in a thread of its own.
 
 A server records one span for each exchange. A client records one span for each attempt, as the
-conventions require: each attempt has its own header, span id and record, the same parent, and a
-link to the attempt before. A gateway records both; its client spans are children of its server
-span.
+conventions require. Each attempt has its own header, span id and record. All have the same parent,
+and each has a link to the attempt before. A gateway records both; its client spans are children of
+its server span.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ def offered(request: RequestHead) -> bytes | None:
 
 
 def forwarded_request(exchange: Exchange) -> RequestHead:
-    """Return the head for the next hop: without the hop-by-hop fields of the previous hop (RFC 9110
-    §7.6), with those for the next one, and with the fields that the flow sets (another authority,
-    the caller). If the client gave no authority, the original destination is the authority."""
+    """Return the head for the next hop. The hop-by-hop fields of the previous hop (RFC 9110 §7.6)
+    are replaced by those for the next one. The fields that the flow sets (another authority, the
+    caller) are added. If the client gave no authority, the original destination is the
+    authority."""
     request = exchange.request
     canonical = (
         request.version != b"2" and request.headers.clean and request.target.startswith(b"/")

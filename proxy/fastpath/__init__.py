@@ -21,9 +21,9 @@ connection. When the task is cancelled, the fast path releases the connection im
 *Streams.* An HTTP/2 connection is never lent, because many exchanges share it. Its reader and its
 writer are tasks on both paths (exchange/h2/connection.py). The ordinary path adds one task for each
 exchange. The fast path adds a `FastExchange` instead: it joins a stream of the client to a stream
-of the endpoint, and the readers call it after each read. It has no buffer. If it cannot pass data
-on immediately (a window is closed, a writer is behind, other senders wait for their turn), it
-leaves the data in the stream's buffer and hands the exchange over to the ordinary path.
+of the endpoint, and the readers call it after each read. It has no buffer. It cannot always pass
+data on immediately: a window is closed, a writer is behind, or other senders wait for their turn.
+Then it leaves the data in the stream's buffer and hands the exchange over to the ordinary path.
 
 *Relays.* The task that waits for the end of a byte relay lends both of its connections together. A
 `FastRelay` passes the bytes on and reports the ends to the relay's `RelayState`, as the two tasks
@@ -32,18 +32,19 @@ because bytes that were read ahead have to be sent first.
 
 *Unusual work goes to the ordinary path.* This is by design: each unusual case has one
 implementation, on the ordinary path. Between two exchanges, the fast path returns the connection
-with the bytes that it has read. It does so for a head that is not recognised or not complete, a
-body that is not complete, an endpoint without an idle connection, a decision that the flow reserves
-for the ordinary path, and a shutdown of the proxy. Within an exchange, it hands the exchange over
-in its current state (`exchange/exchange.py`). It does so for a response head that is not recognised
-(interim, without a length, ...), a server that closes without an answer, and a client that has
-disconnected. The fast path does not interpret ends and errors of connections: a stream reports them
-again on the next call, so the ordinary path sees them as if it had made the first call.
+with the bytes that it has read. It does so for a head that is not recognised or not complete, and
+for a body that is not complete. It also does so for an endpoint without an idle connection, for a
+decision that the flow reserves for the ordinary path, and for a shutdown of the proxy. Within an
+exchange, it hands the exchange over in its current state (`exchange/exchange.py`). It does so for a
+response head that is not recognised (interim, without a length, ...), a server that closes without
+an answer, and a client that has disconnected. The fast path does not interpret ends and errors of
+connections. A stream reports them again on the next call, so the ordinary path sees them as if it
+had made the first call.
 
 *No waiting, one deadline.* The fast path has one deadline: it hands an exchange over if it has not
-moved for `PATIENCE` seconds, or if the exchange's own deadline (that of a gRPC call, for example)
-is that near. The ordinary path has all other timeouts. So an exchange with a slow server costs one
-extra handoff, and neither path needs to know the timers of the other.
+moved for `PATIENCE` seconds. It also does so if the exchange's own deadline (that of a gRPC call,
+for example) is that near. The ordinary path has all other timeouts. So an exchange with a slow
+server costs one extra handoff, and neither path needs to know the timers of the other.
 
 *Same records.* An exchange on the fast path is the same `Http1Exchange` or `Http2Exchange`. It has
 the same account, which is opened here and closed here, or closed by the ordinary path after a
@@ -58,8 +59,8 @@ between, or if the connection came back in this turn.
 *Fairness.* In each turn, each ready connection gets one step: one read, the resulting work, one
 write. Pipelined requests in the same read wait for the next turn. (Requests from one read of an
 HTTP/2 connection do not wait; the limit on open streams bounds their number.) After each turn, trio
-runs if it has work. If one side does not accept all data, the rest is kept (at most one read), and
-the proxy reads nothing more from the other side until that rest is sent.
+runs if it has work. If one side does not accept all data, the rest is kept (at most one read). The
+proxy reads nothing more from the other side until that rest is sent.
 
 Modules
 =======

@@ -5,8 +5,8 @@ When no task can run, trio waits in one place: epoll_wait, until the next deadli
 Just before, it asks its clock how long to wait. At that point this loop waits instead
 (`EventLoopClock`), for the descriptors of the fast path and for trio's own epoll set, which is a
 descriptor like any other. The loop handles events of the fast path immediately. A pass of the
-scheduler would cost more than most steps: with one connection, one request used 71 µs of processor
-time at a hop when the fast path was a trio task, and uses 57 µs now.
+scheduler would cost more than most steps. With one connection, one request used 71 µs of processor
+time at a hop when the fast path was a trio task. It uses 57 µs now.
 
 The wait ends when an event for trio arrives, when a step makes a task runnable (`task_scheduled`
 reports this), or when a deadline has passed. The clock then answers that there is no time to wait.

@@ -4,14 +4,14 @@ The gateway authorises the peer before it looks up the service, so that a peer w
 cannot learn which names exist. A peer without an identity, or with one that is not on the
 allow-list, gets 403. A service that the directory does not export gets 404, so no name turns the
 gateway into an open proxy. A request for an exported service goes to an endpoint in this cluster.
-The gateway ignores splits and failover of the service: the proxy that sent the request has already
-applied them, and to apply them twice can send a request back to the cluster that it came from
-(linkerd2 #6569).
+The gateway ignores splits and failover of the service, because the proxy that sent the request has
+already applied them. If they were applied twice, a request could return to the cluster that it came
+from (linkerd2 #6569).
 
 The endpoint sees the gateway as its peer. The gateway sends the caller's identity in a field of the
 mesh. Proxies accept that field only from gateways that they are configured to trust. An application
-without a proxy accepts it from this gateway, so no peer may send it such a field itself: the
-gateway inspects the bytes of a tunnel to such an application."""
+without a proxy accepts it from this gateway. So no peer may send it such a field itself. Therefore
+the gateway inspects the bytes of a tunnel to such an application."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ async def relay_to_application(
     client without TLS by its first bytes. Therefore, if the port is not declared opaque (`about` is
     unsure), this function inspects the bytes, those of a tunnel too. If they are HTTP, it relays
     nothing, and returns the stream to serve, from its first byte. It keeps the connection to the
-    application for the first request if no byte has passed on it: a second connection would double
-    the connections of an application that opens one to another service for each that it accepts."""
+    application for the first request if no byte has passed on it. Some applications open a
+    connection to another service for each that they accept, and a second connection would double
+    these."""
     if about.destination.port in rt.config.inbound.http_ports:
         raise RequestError(
             f"port {about.destination.port} accepts only HTTP (inbound.http_ports), and this"

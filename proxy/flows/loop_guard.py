@@ -95,10 +95,10 @@ class LoopGuard:
         return self.listeners.own(host) and not (host.startswith("127.") or host == "::1")
 
     def check_accepted(self, connection: Connection, about: ConnectionInfo) -> None:
-        """Check an accepted connection. Raises LoopDetected in these cases: it was made to one of
-        the proxy's own listeners without redirection and without another configured destination; it
-        was redirected although its destination was the proxy; or the proxy itself opened it, and it
-        is nested deeper than `loops.max_nesting`."""
+        """Check an accepted connection. Raises LoopDetected in three cases. The connection was made
+        to one of the proxy's own listeners without redirection and without another configured
+        destination. It was redirected although its destination was the proxy. Or the proxy itself
+        opened it, and it is nested deeper than `loops.max_nesting`."""
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
         _raise_for(self.listeners.check_accept(destination.host, destination.port, ours=ours))
@@ -106,7 +106,7 @@ class LoopGuard:
 
     def check_again(self, about: ConnectionInfo) -> None:
         """Check again after the client has had time to send its first bytes. Raises LoopDetected. A
-        worker enters a connection in the table after the first packet and before the first byte, so
+        worker enters a connection in the table after the first packet and before the first byte. So
         another worker on another core may accept the connection before the entry exists."""
         if not about.depth:
             self._check_nesting(about)

@@ -7,7 +7,7 @@
                   -> client -> pool -> connect: outbound_plan.py
 
 The router decides the destination (routing/router.py). The flow asks it when it accepts a
-connection, and again for each request: the directory may have changed, and the requests of one
+connection, and again for each request. The directory may have changed, and the requests of one
 connection may go to different services, clusters and endpoints. The proxy reaches a service of
 another cluster through a gateway there. It sends the gateway the service's name in that cluster, as
 the authority of the request or in a CONNECT."""

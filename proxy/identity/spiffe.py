@@ -6,15 +6,15 @@ meshes:
 
     spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>
 
-The name appears in three forms: as the one URI SAN of a certificate; as text in the directory and
-in allow-lists; and as a DNS name in the SNI of a TLS handshake
+The name appears in three forms. It is the one URI SAN of a certificate. It is text in the directory
+and in allow-lists. And it is a DNS name in the SNI of a TLS handshake
 (`<service-account>.<namespace>.sa.<trust-domain>`). By the SNI the inbound side distinguishes a
 handshake for the proxy from one of the application. A name that does not fit all three forms would
 fail late and without a clear reason, so it is rejected when it is read.
 
-Parsing is strict, because two spellings of one name would be a hole in an allow-list: no
-percent-encoding, no upper case in the trust domain, no empty or dot segments, no port, user, query
-or fragment (SPIFFE-ID specification, sections 2.1 to 2.4).
+Parsing is strict, because two spellings of one name would be a hole in an allow-list. These are
+refused: percent-encoding, upper case in the trust domain, empty or dot segments, a port, a user, a
+query or a fragment (SPIFFE-ID specification, sections 2.1 to 2.4).
 """
 
 import functools

@@ -6,9 +6,10 @@ kernel sends only the first packet of a connection through them; the decision ho
 connection.
 
 - `output` sees what the pod's own programs send. It redirects every new TCP connection to the
-outbound port, except the proxy's own connections (recognised by user id or packet mark; without
-this exemption the proxy would connect to itself forever), connections inside the pod (they leave
-through `lo`), link-local IPv6 (below), and what the settings skip.
+  outbound port. There are four exceptions: the proxy's own connections, connections inside the pod
+  (they leave through `lo`), link-local IPv6 (below), and what the settings skip. The proxy's own
+  connections are recognised by user id or packet mark. Without this exception the proxy would
+  connect to itself forever.
 - `prerouting` sees what arrives from outside. It redirects every new TCP connection to an address
 of the pod to the inbound port, except the admin port and what the settings skip. A direct
 connection to the inbound port arrives there too: its original destination is then the proxy itself,
@@ -21,8 +22,8 @@ Only a first SYN is redirected. Connection tracking starts when the first NAT ch
 would take the next packet of an already open connection for the first packet of a new one. Without
 the check of the flags, a running pod would lose its connections at that moment.
 
-That check alone would leave a hole. A peer can send a bare ACK before its SYN: connection tracking
-takes it for an open connection (nf_conntrack_tcp_loose), NAT decides to do nothing, and the SYN
+That check alone would leave a hole. A peer can send a bare ACK before its SYN. Connection tracking
+takes it for an open connection (nf_conntrack_tcp_loose), and NAT decides to do nothing. The SYN
 that follows from the same port belongs to that "connection" and is not redirected. (Most such ACKs
 are answered with a reset, which ends the entry. An ACK with an unexpected TCP-MD5 signature is not,
 RFC 2385.) In the same way, a program in the pod can bypass the outbound proxy if a host outside
@@ -62,7 +63,7 @@ knew before the rules were installed. `guard_output` rejects it: the program lea
 asks again. While the proxy does not run, the kernel rejects redirected datagrams (port
 unreachable), so no program has to wait.
 
-The whole ruleset is one nft transaction that starts with `add table` and `delete table`: it
+The whole ruleset is one nft transaction that starts with `add table` and `delete table`. So it
 replaces an existing table, does not fail without one, and never leaves a partial ruleset. Except
 for DNS, only TCP is affected.
 """

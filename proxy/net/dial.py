@@ -201,9 +201,9 @@ def _stream(sock: socket.socket, address: Address, local: Address) -> SocketStre
     except ConnectionLost as error:
         raise ConnectFailed(address, "reset", str(error)) from error
     if stream.peer == stream.local:
-        # TCP lets a socket connect to itself, if no socket listens on a port of the ephemeral range
-        # and the kernel selects that port for our end (simultaneous open, RFC 9293, section 3.5).
-        # No server is there, so it counts as refused.
+        # TCP lets a socket connect to itself (simultaneous open, RFC 9293, section 3.5). This
+        # happens if no socket listens on a port of the ephemeral range, and the kernel selects that
+        # port for our end. No server is there, so it counts as refused.
         stream.reset()
         raise ConnectFailed(address, "refused", "no server there (the socket connected to itself)")
     return stream

@@ -7,9 +7,9 @@ The end of one direction is forwarded as the end of this direction only (half-cl
 has sent everything may still wait for data. The relay ends when both directions have ended. The
 owner of the streams closes them.
 
-An unclean end must not look like a clean one. If a side is lost (reset, or truncated TLS) or idle
-for too long, or if the relay is cancelled, the other side is *reset*: its reader learns that the
-data may be incomplete. FIN would say the opposite.
+An unclean end must not look like a clean one. The other side is *reset* if a side is lost (reset,
+or truncated TLS) or idle for too long, or if the relay is cancelled. So the reader at that side
+learns that the data may be incomplete. FIN would say the opposite.
 
 If a side accepts no more data (it closed while the other side was still sending), this direction is
 over. The opposite direction may still carry an answer, and continues. What the sender sends
@@ -43,13 +43,13 @@ from proxy.net.memory_budget import UNCOUNTED
 from proxy.net.socket_stream import RECEIVE_SIZE, SocketStream, Stream
 from proxy.net.splice import Pipe
 
-# The idle deadline is renewed only if it is older than this part of the idle time: a renewal at
+# The idle deadline is renewed only if it is older than this part of the idle time. A renewal at
 # each read would cost as much as a small read itself. So an idle relay ends after 1 to 1 1/8 idle
 # times.
 _STALENESS = 1 / 8
 
-# If a side closed without reading to the end, the other side, which is still sending, is drained
-# for this time (seconds), so that a reset does not destroy the answer that it was given.
+# If a side closed without reading to the end, the other side is still sending. It is drained for
+# this time (seconds), so that a reset does not destroy the answer that it was given.
 _LINGER = 1.0
 
 How = Literal["eof", "unread", "idle", "lost"]

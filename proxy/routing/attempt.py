@@ -184,7 +184,7 @@ def policy_deadline(exchange: Exchange, policy: Policy) -> float:
 
 
 def keep_body(exchange: Exchange, policy: Policy) -> Replay:
-    """Keep the sent part of the request body until the response begins: the server may refuse the
+    """Keep the sent part of the request body until the response begins. The server may refuse the
     stream, and a sidecar may report that it could not connect to its application."""
     if not isinstance(exchange.body, Replay):  # otherwise the fast path has started to send it
         exchange.body = Replay(exchange.body, policy.retries.max_body, exchange.facts.share)

@@ -11,9 +11,9 @@ sent, or if its body can be sent again. If the wait fails, the client gets the e
 attempt.
 
 A wait helps only if an endpoint may recover. If mutual TLS with all endpoints fails, or a peer
-refuses a connection, the client gets the error at once: it is a decision about an identity, and
-does not change with time. If no better endpoint is available, the proxy uses one that responds with
-errors or closes the connection, and forwards its response.
+refuses a connection, the client gets the error at once. The error is a decision about an identity,
+and does not change with time. If no better endpoint is available, the proxy uses one that responds
+with errors or closes the connection, and forwards its response.
 
 An address without a service has one endpoint and no alternative. The proxy connects to it as the
 application would without a proxy, and ignores earlier failures."""

@@ -28,10 +28,10 @@ method allows it.
 
 Only silence ends requests in progress. A gateway that shuts down (503) or refuses connections
 finishes its last exchanges, and one that answers the probe with a wrong certificate is alive. If a
-gateway answers other traffic but no probes, it keeps the connections with traffic, and loses the
-others, for example a tunnel that receives nothing: this side cannot distinguish these from dead
-ones. Bytes that this proxy sends do not count, because the kernel accepts them long after the peer
-is gone."""
+gateway answers other traffic but no probes, it keeps the connections with traffic. It loses the
+others, for example a tunnel that receives nothing, because this side cannot distinguish them from
+dead ones. Bytes that this proxy sends do not count, because the kernel accepts them long after the
+peer is gone."""
 
 from __future__ import annotations
 

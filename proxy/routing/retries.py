@@ -14,7 +14,7 @@ An attempt ends in one of these ways:
     answered        The status is one that the policy retries. The proxy retries if the policy
                     allows it for the method.
 
-All but the first are retries: within the policy's limit and the service's budget
+All but the first are retries. They are made within the policy's limit and the service's budget
 (balancing/retry_budget.py), before the deadline of the request, and only if the body can be sent
 again (exchange/replay.py). The proxy never retries after a byte of a response was forwarded.
 

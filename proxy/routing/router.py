@@ -4,12 +4,12 @@ It answers three questions for each request, and for each opaque connection.
 
 *What is the destination?* The address that the application connected to decides: a service's
 cluster address, a virtual address, or an endpoint. The authority of a request selects a service
-only at two kinds of address: at the gateway of another cluster, among the services of that cluster,
-and in the networks that the operator configures (`outbound.authority_networks`). All other traffic
-goes to its original destination, unchanged. Applications often copy the authority from an external
-request, for example reverse proxies that keep the client's Host. If the authority could select a
-service at any address, an external client could select internal services, and the request would
-arrive there with this pod's identity (docs/decisions/17-address-before-authority.md).
+only at two kinds of address. One is the gateway of another cluster, for the services of that
+cluster. The other is the networks that the operator configures (`outbound.authority_networks`). All
+other traffic goes to its original destination, unchanged. Applications often copy the authority
+from an external request, for example reverse proxies that keep the client's Host. If the authority
+could select a service at any address, an external client could select internal services, and the
+request would arrive there with this pod's identity (docs/decisions/17-address-before-authority.md).
 
 *Which service?* If the service is split, the router draws one of its backends by weight. A backend
 without a usable endpoint gets no requests. Its share goes to the others, in proportion to their
@@ -18,7 +18,7 @@ weights.
 *Where is that service served?* In this cluster, as long as enough of its endpoints are usable.
 Otherwise in the first of its failover clusters that has a usable gateway. The service returns to
 this cluster when enough of its own endpoints have been usable for `settle` seconds without
-interruption, so that a service that fails repeatedly does not affect its clients each time. Only a
+interruption. So a service that fails repeatedly does not affect its clients each time. Only a
 request can show whether an endpoint has recovered. So during a failover the router sends one
 request to this cluster each time a penalty ends (balancing/circuit_breaker.py). If it fails, its
 further attempts ask the router again, and go where the others go. The trial has no other effect.

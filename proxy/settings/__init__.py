@@ -1,6 +1,6 @@
-"""How a program's settings are declared, read and documented. It knows no program's settings: those
-of the proxy are in proxy/config, those of the control plane beside the code that obeys them
-(control/config.py lists them), and those of a service in proxy/directory/policy.py.
+"""How a program's settings are declared, read and documented. It knows no program's settings. Those
+of the proxy are in proxy/config. Those of the control plane are beside the code that obeys them,
+and control/config.py lists them. Those of a service are in proxy/directory/policy.py.
 
     declare.py         a setting: an annotated field with its unit, limits and description
     decode.py          plain values -> frozen structs, with all mistakes

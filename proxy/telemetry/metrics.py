@@ -6,9 +6,9 @@ method) becomes a label value; as a safeguard, each family limits its series. Ea
 each request is recorded exactly once, on every exit of its `with` block, including cancellation.
 
 Names follow Prometheus: the unit is in the name, counters end in `_total`, units are seconds and
-bytes. The main thread counts, with three exceptions: spans and dropped log lines are counted by
-several threads, under a lock; the connections of the administration listener are counted by its
-thread, in series of their own.
+bytes. The main thread counts, with three exceptions. Several threads count spans and dropped log
+lines, under a lock. The thread of the administration listener counts its connections, in series of
+their own.
 """
 
 from __future__ import annotations

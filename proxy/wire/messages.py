@@ -331,7 +331,7 @@ _CONNECTION_FIELDS = frozenset(
 
 # The verified identity of the client. Each proxy writes this field for the next hop, or omits it. A
 # field that arrives is removed, because any client can write it. Linkerd's field with the same
-# meaning is removed too, and so is every spelling that a server could confuse with these names: a
+# meaning is removed too. So is every spelling that a server could confuse with these names: a
 # CGI-like server turns field names into variable names (RFC 3875 §4.1.18). lighttpd replaces each
 # character that is not a letter or a digit by an underscore. So each such character that a name may
 # have (RFC 9110 §5.6.2) is treated like a dash.
@@ -397,7 +397,7 @@ NEVER_NOMINATED = frozenset(
 # Connection options that require no further removal.
 _NOTHING_MORE = NEVER_NOMINATED | HOP_BY_HOP | {b"close"}
 
-# Fields that must not be trailers (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2): a recipient
+# Fields that must not be trailers (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2). A recipient
 # that merges trailers into the head would change framing, routing, authorisation or the meaning of
 # the message. They are dropped, because a recipient may ignore trailers.
 _NO_TRAILERS = (

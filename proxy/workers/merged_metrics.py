@@ -1,8 +1,8 @@
 """The metrics of several workers, merged into those of one proxy.
 
 A worker's *reading* is all of its samples at one moment. Counters and histograms of the workers are
-added. A gauge is a current value, so each has its own rule, which its declaration states:
-connections are added, the certificate expiry is the earliest one, and values that all workers share
+added. A gauge is a current value, so each has its own rule, which its declaration states.
+Connections are added. The certificate expiry is the earliest one. Values that all workers share
 (virtual addresses, a failover) are not added.
 
 A counter that decreases looks like a restart and breaks rates in graphs. So when a worker has

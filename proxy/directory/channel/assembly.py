@@ -1,8 +1,8 @@
 """The known entries as a snapshot of the directory.
 
-Each answer makes a new snapshot. It shares everything that has not changed with the one before:
-the indexes are copied, which takes microseconds for the entries of one proxy, and only the changed
-entries are built.
+Each answer makes a new snapshot. It shares everything that has not changed with the snapshot
+before. The indexes are copied, which takes microseconds for the entries of one proxy. Only the
+changed entries are built.
 """
 
 from __future__ import annotations

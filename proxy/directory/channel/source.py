@@ -1,7 +1,7 @@
 """The control plane as the source of the directory: one mutual-TLS connection, and what it tells.
 
-The connection is opened again whenever it ends, with pauses that grow and are varied at random, so
-that the proxies of a cluster do not return at the same moment. What is known stays in use meanwhile
+The connection is opened again whenever it ends. The pauses grow and are varied at random, so that
+the proxies of a cluster do not return at the same moment. What is known stays in use meanwhile
 (subscriptions.py), and unused entries are kept too. So a control plane that is unavailable matters
 only to the first use of an address or name.
 

@@ -1,9 +1,9 @@
 """How fast the proxy resets abandoned streams on a connection to a server.
 
 The connection carries requests of many clients, and a server closes a connection on which streams
-are reset too fast: nghttp2 at 33 a second after the first 1000, Envoy when most of 500 streams were
-reset within a second, another proxy of the mesh by its frame budget. A few clients with short
-deadlines are enough to reach that, and all other clients would lose their streams.
+are reset too fast. nghttp2 does so at 33 a second after the first 1000, Envoy when most of 500
+streams were reset within a second, and another proxy of the mesh by its frame budget. A few clients
+with short deadlines are enough to reach that, and all other clients would lose their streams.
 
 So the first resets are sent immediately, and then as many a second as every server accepts. Beyond
 this rate, an abandoned stream stays open until there is credit again, or until its time is over.

@@ -23,9 +23,9 @@ of it may be sent. The memory may move (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set
 its contents must not change. So a send that was cancelled while waiting has torn the stream:
 nothing more can be sent, not even close_notify.
 
-*A failed write also ends reading.* OpenSSL does not read from a connection after a failed write,
-although the peer's last data (an early answer, or the alert with the reason of a refusal) may have
-arrived. So every write first reads the socket's error (SO_ERROR, a third of a microsecond), and
+*A failed write also ends reading.* OpenSSL does not read from a connection after a failed write.
+But the peer's last data may have arrived: an early answer, or the alert with the reason of a
+refusal. So every write first reads the socket's error (SO_ERROR, a third of a microsecond), and
 fails without calling OpenSSL. A caller that does not need this data may skip the check. AWS-LC
 still reads after a failed write. But it reads SO_ERROR itself and ignores it: a read may have
 consumed the error before the write, which then fails in the library.

@@ -2,9 +2,9 @@
 
 The TLS library verifies the chain, and calls back for each certificate, the authorities first and
 the leaf last. When the leaf has passed, the whole chain is checked by the rules that are the same
-for both libraries (certificate_rules.py), and then by the connection's own `verify`, which checks
-names. All of this happens during the handshake, because only then a refusal reaches the peer as an
-alert (RFC 8446, section 6.2). After the handshake only a reset is possible.
+for both libraries (certificate_rules.py). Then the connection's own `verify` checks names. All of
+this happens during the handshake, because only then a refusal reaches the peer as an alert (RFC
+8446, section 6.2). After the handshake only a reset is possible.
 
 The reason of a refusal is stored with the connection: as text, or as the exception that `verify`
 raised.

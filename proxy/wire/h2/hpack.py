@@ -14,7 +14,7 @@ A block is often new only because of one literal, such as a trace context. Such 
 nothing but indexes and literals that do not enter the table. `_recognise` decodes those blocks, or
 declines. It never changes the table, so the library can still decode the block from its start.
 
-Two kinds of fields do not enter the table. First, secrets that are short enough to guess: many
+Two kinds of fields do not enter the table. First, secrets that are short enough to guess. Many
 clients share one connection to an endpoint, and one of them could find another one's secret by the
 size of its own requests (§7.1.1, §7.1.3). These are Authorization and short cookies, as in nghttp2
 (and so Envoy), and every field that arrived as never-indexed, because this mark must be forwarded
