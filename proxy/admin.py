@@ -241,7 +241,7 @@ class _Texts:
         self._max_age = max_age
         self._main = main
         self._lock = trio.Lock()
-        self._made = -math.inf  # trio's clock
+        self._rendered_at = -math.inf  # trio's clock
         self._plain = self._zipped = b""
         self._turns = trio.Lock()  # limits the rate; a waiter that is cancelled leaves no trace
         self._last = -math.inf  # when the lock was last granted
@@ -254,12 +254,12 @@ class _Texts:
             await trio.sleep_until(turn)
             self._last = turn
         async with self._lock:
-            if trio.current_time() - self._made >= self._max_age:
+            if trio.current_time() - self._rendered_at >= self._max_age:
                 await self._refresh()
                 self._plain = await trio.to_thread.run_sync(
                     self._status.render, abandon_on_cancel=True
                 )
-                self._zipped, self._made = b"", trio.current_time()
+                self._zipped, self._rendered_at = b"", trio.current_time()
             if zipped and not self._zipped:
                 self._zipped = await trio.to_thread.run_sync(
                     _compress, self._plain, abandon_on_cancel=True

@@ -195,7 +195,7 @@ class App:
             if config.dns is not None
             else 0
         )
-        self.inbound = self._way_in(reserved)
+        self.inbound = self._incoming_acceptor(reserved)
         self.outbound = self._acceptor(
             "outbound", outbound(self.runtime, self.outbound_pools), config.outbound, reserved
         )
@@ -208,7 +208,7 @@ class App:
             trio.current_time, networks=networks
         )  # fmt: skip
 
-    def _way_in(self, reserved: int) -> Acceptor:
+    def _incoming_acceptor(self, reserved: int) -> Acceptor:
         """The acceptor of traffic from outside: inbound for a sidecar, gateway for a cluster's
         gateway.
         """
@@ -279,7 +279,7 @@ class App:
         nursery.start_soon(self.outbound_pools.serve)
         nursery.start_soon(self.inbound_pools.serve)
         nursery.start_soon(self._serve_until, stop, nursery.cancel_scope)
-        self._say_hello()
+        self._log_start()
 
     async def _identified(self, stop: Callable[[], Awaitable[int]]) -> bool:
         """Wait for the first certificate: without it no flow starts. False: `stop` returned
@@ -438,7 +438,7 @@ class App:
         finally:
             done()
 
-    def _say_hello(self) -> None:
+    def _log_start(self) -> None:
         # Objects created so far live as long as the process. After freeze() the garbage collector
         # skips them.
         gc.collect()

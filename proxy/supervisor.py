@@ -330,7 +330,7 @@ class Supervisor:
                     nursery.start_soon(
                         life.listen,
                         Start(worker.number, self._share, self._secret),
-                        partial(self._hear, worker),
+                        partial(self._on_state, worker),
                     )
                     await process.wait()
                     nursery.cancel_scope.cancel()
@@ -345,7 +345,7 @@ class Supervisor:
                 life.answered.unpark_all()
         return process.returncode or 0
 
-    def _hear(self, worker: Worker, state: WorkerState) -> None:
+    def _on_state(self, worker: Worker, state: WorkerState) -> None:
         self._totals.take(worker.number, state.reading)
         if not worker.served.is_set():
             _log.info("worker %d is serving", worker.number)

@@ -8,8 +8,8 @@ with its frame, and all connections send the same bytes.
 A slice may list an address that belongs to no pod. Then the content of this bare address depends on
 the namespace of the proxy: the tenant must not change what proxies of other namespaces get.
 
-A topic knows which services it was made of. When one of them changes, its contents are dropped, and
-computed again when a follower is to be sent something.
+A topic knows which services its contents depend on. When one of them changes, its contents are
+dropped, and computed again when a follower is to be sent something.
 
 While discovery is cut off from the API server, what it does not have may exist. So such an answer
 is withheld, and given when discovery is current again.
@@ -61,7 +61,7 @@ class Variant:
 
 @dataclass(slots=True, eq=False)
 class Topic:
-    """One entry. `followers` in order of arrival. `services`: what the contents are made of."""
+    """One entry. `followers` in order of arrival. `services`: those that the contents depend on."""
 
     key: str
     followers: dict[Follower, None] = field(default_factory=dict)
@@ -76,7 +76,8 @@ class Views:
         self.topics: dict[str, Topic] = {}
         self.computed = 0
         self._catalog = catalog
-        self._of: dict[Key, dict[Topic, None]] = {}  # topics by the services they are made of
+        # topics by the services that they depend on
+        self._dependents: dict[Key, dict[Topic, None]] = {}
         self.is_current: Callable[[], bool] = lambda: True
         self._withheld: dict[Topic, None] = {}
 
@@ -93,7 +94,7 @@ class Views:
         """Follow a topic no longer."""
         topic.followers.pop(follower, None)
         if not topic.followers and self.topics.pop(topic.key, None) is not None:
-            self._made_of(topic, ())
+            self._depend_on(topic, ())
             self._withheld.pop(topic, None)
 
     def withholds(self, topic: Topic) -> bool:
@@ -134,7 +135,7 @@ class Views:
         """Discovery has new entries."""
         found: dict[Topic, None] = {}
         for key, entry in changes.services.items():
-            found.update(self._of.get(key, {}))
+            found.update(self._dependents.get(key, {}))
             names = [f"s/{key[0]}/{key[1]}"]
             if entry is not None:
                 names += (f"a/{address}" for address in entry.addresses)
@@ -176,15 +177,15 @@ class Views:
         if kind == "s":
             namespace, _, service = name.partition("/")
             key = (namespace, service)
-            self._made_of(topic, (key,))
+            self._depend_on(topic, (key,))
             entry = self._catalog.services.get(key)
             return self._service(entry, place)
         owner = self._catalog.owner(name)
         if owner is not None:
-            self._made_of(topic, (owner.key,))
+            self._depend_on(topic, (owner.key,))
             return self._service(owner, place)
         listed = list(self._catalog.listing(name))
-        self._made_of(topic, [entry.key for entry in listed])
+        self._depend_on(topic, [entry.key for entry in listed])
         return self._pod(name, listed, place)
 
     def _seen_from(self, topic: Topic, place: Place) -> Place:
@@ -194,16 +195,16 @@ class Views:
             return Place(namespace=place.namespace)
         return Place(place.node, place.zone)
 
-    def _made_of(self, topic: Topic, keys: Iterable[Key]) -> None:
+    def _depend_on(self, topic: Topic, keys: Iterable[Key]) -> None:
         for key in topic.services:
-            topics = self._of.get(key)
+            topics = self._dependents.get(key)
             if topics is not None:
                 topics.pop(topic, None)
                 if not topics:
-                    del self._of[key]
+                    del self._dependents[key]
         topic.services = tuple(keys)
         for key in topic.services:
-            self._of.setdefault(key, {})[topic] = None
+            self._dependents.setdefault(key, {})[topic] = None
 
     @staticmethod
     def _service(entry: ServiceEntry | None, place: Place) -> tuple[Content | None, Place]:

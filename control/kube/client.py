@@ -200,7 +200,7 @@ class Client:
         self._dial = dial
         self._chance = chance
         self._slots = trio.CapacityLimiter(self.limits.max_connections)
-        self._kept: list[tuple[ApiConnection, float]] = []
+        self._idle: list[tuple[ApiConnection, float]] = []
 
     # Objects
 
@@ -373,7 +373,7 @@ class Client:
             try:
                 return await self._on(connection, request)
             except Unreachable:
-                # The server closed this kept connection. Only idempotent requests are sent again:
+                # The server closed this idle connection. Only idempotent requests are sent again:
                 # the server may already have read a POST.
                 if connection.response_started or request.method not in ("GET", "PUT", "DELETE"):
                     raise
@@ -391,8 +391,8 @@ class Client:
             reusable = connection.reuse()
             return body
         finally:
-            if reusable and len(self._kept) < self.limits.max_idle_connections:
-                self._kept.append((connection, trio.current_time()))
+            if reusable and len(self._idle) < self.limits.max_idle_connections:
+                self._idle.append((connection, trio.current_time()))
             else:
                 await connection.aclose()
 
@@ -440,8 +440,8 @@ class Client:
         )
 
     async def _take(self) -> ApiConnection | None:
-        while self._kept:
-            connection, since = self._kept.pop()
+        while self._idle:
+            connection, since = self._idle.pop()
             if trio.current_time() - since <= self.limits.idle_timeout and connection.is_quiet():
                 return connection
             await connection.aclose()
@@ -451,9 +451,9 @@ class Client:
         return self.access.token is not None and self.access.token.forget()
 
     async def aclose(self) -> None:
-        """Close the kept connections."""
-        kept, self._kept = self._kept, []
-        for connection, _ in kept:
+        """Close the idle connections."""
+        idle, self._idle = self._idle, []
+        for connection, _ in idle:
             await connection.aclose()
 
 

@@ -20,21 +20,22 @@ _SLOTS = 10
 class RetryBudget:
     """The retry budget of one service."""
 
-    __slots__ = ("_counted", "_made", "_passed", "_updated", "requests")
+    __slots__ = ("_arrived", "_counted", "_retries", "_updated", "requests")
 
     def __init__(self, now: float) -> None:
         self.requests = 0  # the caller adds one for each request
         self._counted = 0  # how many of them are in the window already
         self._updated = now
-        self._passed = [0.0] * _SLOTS  # requests in each tenth, newest first
-        self._made = [0] * _SLOTS  # retries in each tenth
+        self._arrived = [0.0] * _SLOTS  # requests in each tenth, newest first
+        self._retries = [0] * _SLOTS  # retries in each tenth
 
     def withdraw(self, now: float, rules: Budget) -> bool:
         """Whether one more retry is allowed now. If so, counts it."""
         self.move(now, rules)
-        if sum(self._made) + 1 > rules.ratio * sum(self._passed) + rules.min_per_second * rules.ttl:
+        allowed = rules.ratio * sum(self._arrived) + rules.min_per_second * rules.ttl
+        if sum(self._retries) + 1 > allowed:
             return False
-        self._made[0] += 1
+        self._retries[0] += 1
         return True
 
     def move(self, now: float, rules: Budget) -> None:
@@ -44,7 +45,7 @@ class RetryBudget:
         each = (self.requests - self._counted) / (moved + 1)
         self._counted, self._updated = self.requests, now
         shift = min(moved, _SLOTS)
-        self._passed = [each] * shift + self._passed[: _SLOTS - shift]
-        self._made = [0] * shift + self._made[: _SLOTS - shift]
+        self._arrived = [each] * shift + self._arrived[: _SLOTS - shift]
+        self._retries = [0] * shift + self._retries[: _SLOTS - shift]
         if moved < _SLOTS:  # the tenth that was the newest gets its share too
-            self._passed[moved] += each
+            self._arrived[moved] += each

@@ -123,13 +123,13 @@ class Client(Generic[K]):
                 else bodiless and exchange.request.method in IDEMPOTENT
             )
             if exchange.fresh or not (error.again and harmless):
-                raise _told(error) from error
+                raise _closed(error) from error
             exchange.fresh = True
             exchange.timer.rest()  # no timeout until the request is sent again
             try:
                 await self._attempt(exchange, endpoint, leases)
             except Unanswered as second:
-                raise _told(second) from second
+                raise _closed(second) from second
 
     async def _go_on(self, exchange: Exchange, handoff: Handoff, lease: Lease) -> None:
         usable, carrier = False, lease.carrier()
@@ -161,7 +161,7 @@ class Client(Generic[K]):
             raise attempt.reported or Declined
 
 
-def _told(error: Unanswered) -> UpstreamClosed:
+def _closed(error: Unanswered) -> UpstreamClosed:
     """The error for a request that is not repeated."""
     return (
         UpstreamReset(str(error), Code.REFUSED_STREAM)

@@ -128,7 +128,7 @@ def rescue(
                         )
                     )
                 else:
-                    made = made_up_grpc if exchange.is_grpc else made_up
+                    made = grpc_error_response if exchange.is_grpc else error_response
                     head, body = made(answer, name(exchange), detail)
                     # the proxy nearest to the origin comes first (RFC 9209 §2)
                     if detail and isinstance(error, IsthmusError) and error.received_status:
@@ -156,7 +156,7 @@ async def _answer(exchange: Exchange, head: ResponseHead, body: Whole) -> None:
         exchange.abort()
 
 
-def made_up(answer: ErrorAnswer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+def error_response(answer: ErrorAnswer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
     """Create a response of the proxy itself, with Proxy-Status (RFC 9209)."""
     detail = detail[:_DETAIL]
     status = _member(name) + b";error=" + answer.proxy_status.encode("ascii")
@@ -198,10 +198,12 @@ def grpc_status(answer: ErrorAnswer, detail: str) -> Headers:
     )
 
 
-def made_up_grpc(answer: ErrorAnswer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+def grpc_error_response(
+    answer: ErrorAnswer, name: bytes, detail: str
+) -> tuple[ResponseHead, Whole]:
     """Create a gRPC error response of the proxy itself: HTTP status 200, and a head that is also
     the trailers."""
-    head, _ = made_up(answer, name, detail)
+    head, _ = error_response(answer, name, detail)
     kept = [item for item in head.headers.items if item[0] in (b"Date", b"Proxy-Status")]
     return (
         ResponseHead(

@@ -16,7 +16,7 @@ from proxy.wire.messages import EndOfMessage
 class Replay:
     """A `body` that can be rewound. An exchange.Body."""
 
-    __slots__ = ("_at", "_body", "_charged", "_kept", "_remaining", "_share", "length")
+    __slots__ = ("_at", "_body", "_charged", "_pieces", "_remaining", "_share", "length")
 
     def __init__(self, body: Body, limit: int, share: Share = UNCOUNTED) -> None:
         """`limit`: the most bytes to keep. They are charged to `share`. The owner of the exchange
@@ -24,14 +24,14 @@ class Replay:
         self._share = share
         self._charged = 0
         self._body = body
-        self._kept: list[bytes] | None = []  # None: no longer rewindable
+        self._pieces: list[bytes] | None = []  # None: no longer rewindable
         self._at = 0  # index of the next piece within the kept ones
         self._remaining = limit
         self.length: Length = body.length
 
     @property
     def rewindable(self) -> bool:
-        return self._kept is not None
+        return self._pieces is not None
 
     def rewind(self) -> None:
         """Start again at the first piece. Only while `rewindable`."""
@@ -39,8 +39,8 @@ class Replay:
 
     def release(self) -> None:
         """The body will not be sent again: drop the kept pieces, and keep no more."""
-        if self._kept is not None and self._at == len(self._kept):
-            self._kept = None
+        if self._pieces is not None and self._at == len(self._pieces):
+            self._pieces = None
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
         piece = self._again()
@@ -55,18 +55,18 @@ class Replay:
         return new
 
     def _again(self) -> bytes | None:
-        if self._kept is None or self._at == len(self._kept):
+        if self._pieces is None or self._at == len(self._pieces):
             return None
         self._at += 1
-        return self._kept[self._at - 1]
+        return self._pieces[self._at - 1]
 
     def _keep(self, piece: bytes | EndOfMessage | None) -> bytes | EndOfMessage | None:
-        if self._kept is not None and isinstance(piece, bytes):
+        if self._pieces is not None and isinstance(piece, bytes):
             self._remaining -= len(piece)
             if self._remaining < 0:
                 self.drop()
             else:
-                self._kept.append(piece)
+                self._pieces.append(piece)
                 self._at += 1
                 self._charged += len(piece)
                 self._share.charge(len(piece))
@@ -74,6 +74,6 @@ class Replay:
 
     def drop(self) -> None:
         """Drop the kept pieces, and keep no more."""
-        self._kept = None
+        self._pieces = None
         self._share.release(self._charged)
         self._charged = 0

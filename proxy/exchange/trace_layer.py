@@ -188,10 +188,10 @@ class _ClientSpans:
     """
 
     __slots__ = (
-        "_heard",
         "_last",
         "_own",
         "_parent",
+        "_previous_on_response",
         "_record",
         "_seen",
         "_sent",
@@ -209,14 +209,14 @@ class _ClientSpans:
         self._last: HttpRecord | None = None  # of the previous attempt
         self._sent = False
         self._seen = 0  # attempts in `exchange.tried` that have been processed
-        self._heard = exchange.on_response
+        self._previous_on_response = exchange.on_response
         exchange.on_response = self._on_response
         exchange.on_attempt = self._on_attempt
 
     def _on_response(self, status: int) -> None:
         if self._record is not None:
             self._record.head_at = time_ns()
-        self._heard(status)
+        self._previous_on_response(status)
 
     def _on_attempt(self, exchange: Exchange) -> None:
         """The exchange has a connection to an endpoint and is about to be sent."""

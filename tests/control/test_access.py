@@ -266,7 +266,7 @@ async def test_a_client_certificate_and_the_servers_name_are_verified(
         client = Client(read(config(authority, user, server=f"https://127.0.0.1:{port}", **more)))
         page = await client.page(SERVICES, Selection(), {})
         assert page.kind == "ServiceList"
-        assert len(client._kept) == 1
+        assert len(client._idle) == 1
         assert (
             await client.page(SERVICES, Selection(), {})
         ).kind == "ServiceList"  # on the same connection
@@ -301,13 +301,13 @@ async def test_a_kept_connection_that_the_server_has_closed_does_not_repeat_unsa
     for name in ("one", "two"):
         await stage.config_map(name)
         server.cut()
-        ((kept, _),) = stage.client._kept
+        ((kept, _),) = stage.client._idle
         assert isinstance(kept._stream, trio.SSLStream)
         await trio.lowlevel.wait_readable(
             kept._stream.transport_stream.socket
         )  # until the end has arrived
     assert len(server.store.objects[KINDS["v1", "configmaps"]]) == 2
-    assert len(stage.client._kept) == 1
+    assert len(stage.client._idle) == 1
     await stage.client.aclose()
 
 

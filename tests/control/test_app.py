@@ -175,7 +175,7 @@ async def test_a_signal_ends_it_and_gives_the_lease_back(
     assert (
         server.store.objects[LEASES]["isthmus", "isthmus-control"]["spec"]["holderIdentity"] == ""
     )
-    assert replica.control.client._kept == []
+    assert replica.control.client._idle == []
     assert all(listener.socket.fileno() == -1 for listener in replica.listeners)
 
 

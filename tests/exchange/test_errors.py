@@ -25,7 +25,7 @@ from proxy.errors import (
     describe,
     known,
 )
-from proxy.exchange.layers import made_up
+from proxy.exchange.layers import error_response
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost, TLSFailed
 from proxy.wire.messages import ProtocolError
@@ -106,7 +106,7 @@ async def test_an_error_becomes_its_response(error: Exception, status: int, kind
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: row.reason)
 def test_every_row_of_the_table_makes_a_response(row: ErrorAnswer) -> None:
-    head, body = made_up(row, b"test", "why")
+    head, body = error_response(row, b"test", "why")
     assert PROXY_STATUS.fullmatch(head.headers.get(b"proxy-status") or b"")
     assert body.receive_nowait() == f"{row.proxy_status}: why\n".encode()
     assert 400 <= head.status < 600
@@ -144,7 +144,7 @@ async def test_a_fault_of_our_own_is_answered_and_logged(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("name", [b"pod.ns.outbound", b"1pod", b'a"b', b""])
 def test_any_name_and_detail_make_a_field_that_can_be_parsed(name: bytes) -> None:
     detail = 'quote " backslash \\ line\r\nSet-Cookie: a=b ü \x00' + "x" * 2000
-    head, _ = made_up(describe(NoEndpoint("x")), name, detail)
+    head, _ = error_response(describe(NoEndpoint("x")), name, detail)
     value = head.headers.get(b"proxy-status")
     assert value is not None
     assert PROXY_STATUS.fullmatch(value), value

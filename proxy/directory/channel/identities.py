@@ -131,7 +131,7 @@ def _identities(
     stated: set[str | Address] = {endpoint.address for endpoint in view.endpoints}
     service = frozenset((f"{view.namespace}/{view.name}",))
     for port in view.ports:
-        identity, served = _behind(view, port.port, port.target)
+        identity, served = _identity_of_port(view, port.port, port.target)
         for host in (name,) if kind == "a" else view.addresses:
             address = Address(host, port.port)
             stated.add(address)
@@ -164,7 +164,7 @@ def _skip_ports(view: ServiceView, endpoint: EndpointView) -> frozenset[int]:
     )
 
 
-def _behind(view: ServiceView, port: int, usual: int) -> tuple[str, bool]:
+def _identity_of_port(view: ServiceView, port: int, usual: int) -> tuple[str, bool]:
     """An identity through which a port of a service is reached, or "", and whether an endpoint
     serves the port."""
     served = False

@@ -222,12 +222,12 @@ class ControlSource:
         """Whether an unused entry may be dropped: its identities must be remembered."""
         count = self._assembly.identity_count(key)
         if count and not self.former.room(self._dropping + count, trio.current_time()):
-            self._say_full()
+            self._log_full()
             return False
         self._dropping += count
         return True
 
-    def _say_full(self) -> None:
+    def _log_full(self) -> None:
         if not self._full:
             self._full = True
             _log.error(
@@ -456,7 +456,7 @@ class ControlSource:
             else:
                 self._postponed[key] = contents.pop(key)
         if self._postponed:
-            self._say_full()
+            self._log_full()
         else:
             self._full = False
         if not contents:

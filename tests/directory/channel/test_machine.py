@@ -221,7 +221,7 @@ class Machine(RuleBasedStateMachine):
         followed = set(self.session._followed) if self.session is not None else set()
         assert set(self.views.topics) == followed
         assert {topic.key for topic in self.views._withheld} <= followed
-        assert {t.key for topics in self.views._of.values() for t in topics} <= followed
+        assert {t.key for topics in self.views._dependents.values() for t in topics} <= followed
 
     def teardown(self) -> None:
         self.settle()
