@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import trio
 
@@ -32,6 +32,8 @@ from control.kube.resources import NODES, PODS, SERVICES, SLICES, Key
 from proxy.settings.declare import Section, seconds
 
 _log = logging.getLogger("isthmus.control")
+
+T = TypeVar("T")
 
 # Seconds between two checks whether all watches work, and seconds, in addition to `max_delay`, in
 # which a watch that works again gets what it has missed.
@@ -93,8 +95,8 @@ class Discovery:
         for reflector in self.reflectors:
             reflector.rules, reflector.backoff = watching.rules, watching.backoff
 
-    def _observer(self, put: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
-        def observe(key: Key, fact: Any) -> None:
+    def _observer(self, put: Callable[[Key, T | None], None]) -> Callable[[Key, T | None], None]:
+        def observe(key: Key, fact: T | None) -> None:
             put(key, fact)
             self._stale.set()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from proxy.directory.policy import Policy
 from proxy.directory.reader import MAX_WEIGHT, NOT_SERVED
@@ -103,7 +102,7 @@ def _cluster() -> dict[str, object]:
     )
 
 
-def _list(items: Mapping[str, object], **bounds: Any) -> dict[str, object]:
+def _list(items: Mapping[str, object], **bounds: int) -> dict[str, object]:
     return {"type": "array", "items": items, **bounds}
 
 

@@ -249,7 +249,7 @@ def read_policy(value: Plain, path: str, mistakes: Mistakes) -> Policy:
     """Read the policy in a mapping of the directory. On an error, add at least one mistake and
     return the default."""
     found = Mistakes()
-    policy: Policy | None = decode(value, Policy, path, found)
+    policy = decode(value, Policy, path, found)
     if policy is not None:
         _contradictions(policy, path, found)
     for mistake in found.found():

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from OpenSSL import SSL, crypto
 
 from proxy.identity.credential_files import (
@@ -347,7 +348,7 @@ def _check_leaf(path: Origin, leaf: x509.Certificate, now: datetime) -> SpiffeId
     return identity
 
 
-def public_key(path: Origin, certificate: x509.Certificate) -> object:
+def public_key(path: Origin, certificate: x509.Certificate) -> CertificatePublicKeyTypes:
     """The certificate's public key. Raises MaterialError if it is malformed, or of an unknown
     kind."""
     try:

@@ -8,7 +8,7 @@ lets msgspec build the structs if there are none.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -23,8 +23,10 @@ from proxy.settings.units import (
     show_size,
 )
 
+S = TypeVar("S", bound=msgspec.Struct)
 
-def decode(value: Plain, struct: type[msgspec.Struct], path: str, mistakes: Mistakes) -> Any:
+
+def decode(value: Plain, struct: type[S], path: str, mistakes: Mistakes) -> S | None:
     """Decode a mapping into a `struct`. Returns None, after adding at least one mistake, if
     something is wrong.
     """

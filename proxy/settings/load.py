@@ -62,7 +62,7 @@ class Loader(Generic[S]):
         values = read_file(path, source, settle) if path is not None else {}
         self.defaults(values, environ)
         override(values, environ, self.struct, mistakes)
-        found: S | None = decode(values, self.struct, "", mistakes)
+        found = decode(values, self.struct, "", mistakes)
         if found is not None:
             self.check(found, mistakes)
         if found is None or mistakes:

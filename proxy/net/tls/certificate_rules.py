@@ -33,6 +33,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import (
     ExtendedKeyUsageOID,
     ExtensionOID,
@@ -159,7 +160,7 @@ def strength_flaw(certificate: x509.Certificate, *, anchor: bool = False) -> str
     return None if anchor else signature_flaw(certificate)
 
 
-def key_flaw(key: object) -> str | None:
+def key_flaw(key: CertificatePublicKeyTypes) -> str | None:
     """Describe an unaccepted kind or strength of a public key as "a key ...". None: accepted."""
     match key:
         case ec.EllipticCurvePublicKey():
