@@ -17,7 +17,9 @@ from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, application, inbound_port, mirror, outbound_port
 from tests.kit.build import COMPILED
 from tests.kit.calls import recorded
-from tests.kit.http import connect
+from tests.kit.clusters import clusters
+from tests.kit.http import Peer, connect
+from tests.kit.http2_peers import Peer2, answering2, speaking
 
 PAGE = Path(__file__).parent.parent / "docs" / "life-of-a-request.md"
 REQUEST = b"GET / HTTP/1.1\r\nHost: c\r\n\r\n"
@@ -42,6 +44,11 @@ def first_missing(expected: list[str], calls: list[str]) -> str | None:
     return None
 
 
+async def answer_streams(stream: trio.SocketStream) -> None:
+    """An HTTP/2 server that answers each request."""
+    await speaking(answering2())(Peer(stream.socket))
+
+
 async def echo(stream: trio.SocketStream) -> None:
     async for piece in stream:
         await stream.send_all(piece)
@@ -49,12 +56,13 @@ async def echo(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def pair(
-    folder: Path, kind: Literal["http", "opaque"], *, fast: bool = True
+    folder: Path, kind: Literal["http", "http2", "opaque"], *, fast: bool = True
 ) -> AsyncIterator[Address]:
     """The address of a client's sidecar; the server's sidecar is in front of an application."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     opaque = kind == "opaque"
-    async with application(echo if opaque else mirror) as port:
+    serve = {"http": mirror, "http2": answer_streams, "opaque": echo}[kind]
+    async with application(serve) as port:
         inbound = {
             **listen,
             "fixed_destination": f"{HOST}:{port}",
@@ -96,6 +104,27 @@ async def test_the_fast_path(tmp_path: Path) -> None:
         client.close()
     assert len(steps("fast")) > 10
     assert first_missing(steps("fast"), calls) is None
+
+
+async def test_an_http2_stream(tmp_path: Path) -> None:
+    async with pair(tmp_path, "http2") as address:
+        client = Peer2(await connect(address), client=True)
+        await client.start()
+        assert (await client.ask()).status == 200
+        with recorded() as calls:
+            assert (await client.ask()).status == 200
+            await trio.testing.wait_all_tasks_blocked()
+        client.peer.close()
+    assert len(steps("stream")) > 10
+    assert first_missing(steps("stream"), calls) is None
+
+
+async def test_through_a_gateway(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as both:
+        with recorded() as calls:
+            assert (await both.ask("c.east")).status == 200
+    assert len(steps("gateway")) > 10
+    assert first_missing(steps("gateway"), calls) is None
 
 
 async def test_an_opaque_connection(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ class Retries(_Part, frozen=True):
     """Which requests the proxy retries. A retry goes to another endpoint if there is one.
 
     The proxy always repeats a request once if its connection was lost before the endpoint can have
-    processed it. Within `limit` and `budget`, the proxy retries a request whose stream the endpoint
-    refused; an idempotent request (RFC 9110 §9.2.2) that failed without a response; a request whose
-    response has a status in `statuses` or `grpc`; and a request without a response within
+    processed it. Within `limit` and `budget`, the proxy retries a request in four cases: the
+    endpoint refused its stream; the request is idempotent (RFC 9110 §9.2.2) and failed without a
+    response; its response has a status in `statuses` or `grpc`; or there was no response within
     `attempt_timeout`. A failure to connect does not count as an attempt.
     """
 

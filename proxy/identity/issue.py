@@ -2,8 +2,8 @@
 
 The control plane certifies the keys of proxies with it (`certify`). `isthmus identity` makes roots,
 and certificates with keys for clusters where nothing else issues them; so do the lab and the tests.
-The profile is an X.509-SVID (SPIFFE): our own keys are ECDSA P-256 with SHA-256; the only name is
-one URI SAN; the subject is empty, so the SAN is critical (RFC 5280, section 4.1.2.6).
+The profile is an X.509-SVID (SPIFFE). Our own keys are ECDSA P-256 with SHA-256. The only name is
+one URI SAN. The subject is empty, so the SAN is critical (RFC 5280, section 4.1.2.6).
 
 Lifetimes. A workload's certificate lasts hours: its key is stored beside an application and is
 never revoked, so it must expire soon. A root lasts ten years: its expiry stops the whole mesh at

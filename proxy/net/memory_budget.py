@@ -1,9 +1,9 @@
 """The memory budget of a process: how many bytes it may buffer, for which downstream connections.
 
-Everything is buffered for one downstream connection. That is data of its client that the server has
-not accepted, data of the server that the client has not accepted, and the streams and heads of
-requests in progress. So each connection has one `Share`. Code that buffers bytes charges them
-there, and releases them. The `MemoryBudget` has the sums. All of this is simple arithmetic.
+Everything is buffered for one downstream connection. There are three kinds: data of its client that
+the server has not accepted, data of the server that the client has not accepted, and streams and
+heads of requests in progress. So each connection has one `Share`. Code that buffers bytes charges
+them there, and releases them. The `MemoryBudget` has the sums. All of this is simple arithmetic.
 
 While at most half of the budget is in use, nothing is limited. Above, the limit for one connection
 is a dynamic threshold (Choudhury and Hahne, 1998, for switches with shared buffers): a fixed

@@ -9,7 +9,7 @@ easy to get wrong:
 
 *Readable does not mean that there is data.* OpenSSL may hold decrypted bytes, and the bytes on the
 socket may be only a session ticket. So the call comes first, and the wait second. But bytes that
-are not decrypted yet are in the socket, and its readiness shows them: of each record the header is
+are not decrypted yet are in the socket, and its readiness shows them. Of each record the header is
 read first, then the rest and no more (also by AWS-LC: ssl_buffer.cc). The fast path relies on this.
 
 *Reading may need to write, and the reverse.* The reader must answer a key update (RFC 8446, section
