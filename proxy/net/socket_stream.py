@@ -67,9 +67,11 @@ BURST, READ_SHIFT, PIPE_SHIFT = 16, 14, 16
 # memory.
 RECEIVE_SIZE = 65536
 
-# How long (seconds) a peek sleeps if the kernel reports "readable" without enough data, and the
-# peer has not closed. This happens when memory is short.
-_PEEK_PAUSE = 0.005
+# The first pause (seconds) of a peek if the kernel reports "readable" without enough data, and the
+# peer has not closed. The kernel does that for all sockets while it is short of memory for TCP
+# (tcp_mem in tcp(7)), which can last. So each pause is twice as long as the one before it, up to
+# the longest one.
+_PEEK_PAUSE, _LONGEST_PEEK_PAUSE = 0.02, 0.32
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
 
@@ -198,7 +200,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if not 1 <= at_least <= max_bytes:
             raise ValueError(f"cannot peek for at least {at_least} of at most {max_bytes} bytes")
         self._begin_read()
-        lowered = False
+        lowered, pause = False, _PEEK_PAUSE
         try:
             await self._pass()
             while True:
@@ -207,7 +209,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
                     if len(data) >= at_least or self._peer_ended():
                         return data
                     if lowered and data:
-                        await trio.sleep(_PEEK_PAUSE)
+                        await trio.sleep(pause)
+                        pause = min(2 * pause, _LONGEST_PEEK_PAUSE)
                     if not lowered:
                         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
                         lowered = True

@@ -128,6 +128,35 @@ async def test_a_peek_for_more_than_there_is_costs_no_cpu_while_it_waits() -> No
     theirs.close()
 
 
+async def test_a_peek_rests_while_the_kernel_reports_too_few_bytes_as_readable(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """As for all sockets while the kernel is short of memory for TCP: here the receive buffer is so
+    small that the kernel takes it for nearly full (tcp_rmem_pressure in the kernel's net/tcp.h)."""
+    ours, theirs = pair(buffers=1)
+    await theirs.send_all(b"too little")
+    looks: list[float] = []
+    recv = ours._recv
+
+    def counting(*arguments: int) -> bytes:
+        looks.append(trio.current_time())
+        return recv(*arguments)
+
+    ours._recv = counting  # type: ignore[assignment]
+    with trio.move_on_after(10) as scope:
+        await ours.peek(64, at_least=64)
+    assert scope.cancelled_caught
+    pauses = [after - before for before, after in zip(looks, looks[1:], strict=False)]
+    assert pauses[1:6] == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.32])
+    assert max(pauses) == pytest.approx(0.32)
+    assert len(looks) <= 40
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.send_all, bytes(54))
+        assert await ours.peek(64, at_least=64) == b"too little" + bytes(54)
+    ours.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("sent", [b"", b"abc"])
 @pytest.mark.parametrize("early", [True, False])
 async def test_the_end_during_a_peek_returns_the_available_bytes(sent: bytes, early: bool) -> None:
