@@ -37,6 +37,9 @@ LIMIT = 256 * MIB  # memory limit of the attacked sidecar
 WEB, STALL, OPEN = 8080, 8081, 8082
 ATTACKER_PODS = 4  # attacking pods, so that a limit per source address is not the only defence
 CLIENTS = 3  # of the member
+# Seconds of the member's requests before an attack. Then the sidecar has loaded what it needs for
+# them, such as the code of TLS.
+WARM_UP = 3.0
 # Real-time priorities.
 MEMBER_PRIORITY, PROBER_PRIORITY = 1, 2
 
@@ -139,10 +142,11 @@ class Watched:
 
 async def watch(bed: Bed, attacks: list[Attack], seconds: float) -> Watched:
     """Attack for `seconds` while the member works and the prober asks; returns the observations."""
-    seen: dict[str, Any] = {"most": bed.resident()}
-    before = bed.resident()
     counts: Counter[str] = Counter()
     async with bed.load() as load:
+        await trio.sleep(WARM_UP)
+        before = bed.resident()
+        seen: dict[str, Any] = {"most": before}
         since = time.monotonic()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_follow, bed, seen)

@@ -215,8 +215,11 @@ class _Attempt:
             group = error
         if group is not None:
             # Cancelled in both tasks: raise a single Cancelled, not a group.
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise group
+            try:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                raise group
+            finally:
+                del group  # it holds this frame
         if self._fault is not None:
             raise self._fault
         return taken

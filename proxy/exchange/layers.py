@@ -32,6 +32,7 @@ from proxy.errors import (
 from proxy.exchange.exchange import Exchange, Handler, Layer, Whole
 from proxy.exchange.reports import report
 from proxy.exchange.timer import NO_TIMER, ExchangeTimer
+from proxy.net.exceptions import release_frames
 from proxy.wire.messages import Headers, ResponseHead
 
 _log = logging.getLogger("isthmus.exchange")
@@ -140,6 +141,7 @@ def rescue(
                     if reports(exchange):
                         report(answer, head)
                     await _answer(exchange, head, body)
+                release_frames(error)
 
         return handle
 
@@ -233,7 +235,8 @@ def deadline(handler: Handler) -> Handler:
                 await handler(exchange)
             finally:
                 exchange.timer = NO_TIMER
-        if scope.cancelled_caught and timer.late is not None:
-            raise timer.late()
+                late = timer.end()
+        if scope.cancelled_caught and late is not None:
+            raise late()
 
     return handle

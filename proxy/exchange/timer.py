@@ -70,6 +70,12 @@ class ExchangeTimer:
         self.stopped = True
         self.scope.cancel()
 
+    def end(self) -> Callable[[], Exception] | None:
+        """The exchange has ended. Returns `late`, and drops it: its owner has the timer, so that
+        would be a reference cycle."""
+        late, self.late, self._overdue = self.late, None, None
+        return late
+
     @property
     def ran_out(self) -> bool:
         """Whether a timeout has ended the exchange."""

@@ -38,6 +38,7 @@ class ChunkedTranscoder:
                 self.size += len(event)
                 pieces.append(self._writer.data(event))
         except ProtocolError as error:
+            error.__traceback__ = None  # it holds this frame
             self.out, self.error = b"".join(pieces), error
             return
         if isinstance(event, EndOfMessage):

@@ -24,6 +24,7 @@ from proxy.fastpath.plan import Planner
 from proxy.flows.runtime import Runtime
 from proxy.net.socket_stream import Stream
 from proxy.net.tls.handshake import TLSStream
+from proxy.wire.messages import ProtocolError
 from proxy.wire.sniff import Protocol
 
 # Which spans a flow records. A gateway is a server to its client and a client to its endpoints.
@@ -98,7 +99,7 @@ async def serve(
             about.slot.activity = server
         await server.run(handler)
         if server.mux.fault is not None:  # the client got a GOAWAY; raise it for the log
-            raise server.mux.fault
+            raise ProtocolError(server.mux.fault)
         return
     prepare = None
     if fast_path is not None and planner is not None:

@@ -30,7 +30,7 @@ from trio.lowlevel import checkpoint, notify_closing, wait_readable
 
 from proxy.net.address import Address
 from proxy.net.connection_slots import Bounds, ListenerFull, Slot, Slots
-from proxy.net.exceptions import ConnectionLost, NetError
+from proxy.net.exceptions import ConnectionLost, NetError, release_frames
 from proxy.net.socket_stream import SocketStream
 
 _log = logging.getLogger("isthmus.net")
@@ -340,6 +340,7 @@ class Acceptor:
             _log.exception(
                 "cannot report the error of the connection from %s: %r", connection.peer, error
             )
+        release_frames(error)
 
 
 def _unpacked(group: BaseExceptionGroup[Exception]) -> BaseException:

@@ -86,3 +86,20 @@ def again(failure: NetError) -> NetError:
     if isinstance(failure, TLSFailed):
         return TLSFailed(failure.kind, str(failure))
     return failure
+
+
+def release_frames(error: BaseException) -> None:
+    """Drop the traceback of a handled error, and those of its causes.
+
+    A traceback holds the frames that the error has passed through, and their variables. If one of
+    those holds the error, that is a reference cycle. Then the connection and its buffers stay until
+    a full run of the garbage collector, which is rare (process/memory.py).
+    """
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            pending += (each.__cause__, each.__context__)
+            if isinstance(each, BaseExceptionGroup):
+                pending += each.exceptions

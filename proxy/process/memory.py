@@ -11,10 +11,10 @@ below it. After a flood that was 170 MiB of 225 in a measurement. `malloc_trim` 
 pages in the middle. It is called in a thread, and only after the process has shrunk: it took 10 ms
 for 150 MiB, and other threads that allocate memory wait meanwhile.
 
-Python returns its own memory in arenas of 1 MiB, each when its last object is gone. Two kinds of
-unused objects stay. Cycles stay until the garbage collector runs. trio keeps up to a thousand ended
-cancel scopes until their deadlines (`forget_ended_scopes`). Connections end one by one, so one pass
-is not enough: it is repeated until it frees no more.
+Two kinds of unused objects stay. Cycles stay until the garbage collector runs. We break ours, so
+only a few are left (tests/both_paths/test_garbage.py). trio keeps up to a thousand ended cancel
+scopes until their deadlines (`forget_ended_scopes`). Connections end one by one, so one pass is not
+enough: it is repeated until it frees no more.
 
 A full collection stops all threads, the probes of /live too: for 0.3 s with the 400,000 objects of
 a flood. While those objects are created, the collector would run a dozen times and find nothing. So
@@ -170,7 +170,11 @@ class MemoryWatch:
         few = self._few_are_open()
         if used < self._peak - _FREED or (self._postponed and few):
             self._pause = _INTERVAL
-        elif now < self._next_trim or grown < _GROWN or used > grown // 2:
+        elif (
+            now < self._next_trim
+            or grown < _GROWN
+            or (used > grown // 2 and size <= self._near_limit)
+        ):
             return
         collect = few or (size > self._near_limit and now >= self._collect_next)
         self._postponed = not collect

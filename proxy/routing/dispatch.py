@@ -41,7 +41,7 @@ from proxy.errors import (
 )
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
-from proxy.net.exceptions import ConnectFailed
+from proxy.net.exceptions import ConnectFailed, release_frames
 from proxy.net.socket_stream import Stream
 from proxy.routing.attempt import Attempt
 from proxy.routing.endpoint_choice import EndpointChoice, only_endpoint, pick_healthy
@@ -120,6 +120,7 @@ class Dispatcher:
                 return
             except FAILURES as error:
                 pause = attempts.another(error)
+                release_frames(error)
                 failure = attempts.choice.failure or (
                     error if isinstance(error, UpstreamClosed) else None
                 )

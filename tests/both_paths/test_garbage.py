@@ -13,19 +13,33 @@ import pytest
 from OpenSSL import SSL
 
 from proxy.exchange.exchange import Exchange
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.stream import Http2Stream
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
-from tests.both_paths.acts import good
+from proxy.wire.h2.connection import Http2Connection
+from tests.both_paths.acts import drawn, good
 from tests.both_paths.h2_acts import good as good2
 from tests.both_paths.h2_ends import Client2, Server2
+from tests.both_paths.h2_faults import drawn as drawn2
 from tests.both_paths.h2_server import serve as serve2
 from tests.both_paths.server import serve
 from tests.both_paths.stage import Cast, Theatre, WhichPath
 from tests.fastpath.conversations import Conversation, held, running_fast_path
 
-OURS = (Exchange, FastRelay, FastConnection, SocketStream, TLSStream, SSL.Connection)
+OURS = (
+    Exchange,
+    Http2Stream,
+    MultiplexedConnection,
+    Http2Connection,
+    FastRelay,
+    FastConnection,
+    SocketStream,
+    TLSStream,
+    SSL.Connection,
+)
 
 
 @contextmanager
@@ -58,6 +72,24 @@ async def test_exchanges_and_connections_leave_nothing_to_the_collector(
     with garbage() as left:
         play = await theatre.play([act] * 6, "pair", path, 1)
     assert len(play.requests) == 12, "at each of the two"
+    assert not left
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("path", ["ordinary", "fast"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/2"])
+async def test_failed_exchanges_leave_nothing_to_the_collector(
+    version: str, path: WhichPath, seed: int, made: Callable[..., Theatre]
+) -> None:
+    cast, acts = (
+        (Cast(serve), drawn(seed, 30))
+        if version == "HTTP/1.1"
+        else (Cast(serve2, Client2, Server2, "http2"), drawn2(seed, 40))
+    )
+    theatre = made(cast)
+    with garbage() as left:
+        play = await theatre.play(acts, "pair", path, seed)
+    assert len(play.requests) > 40
     assert not left
 
 

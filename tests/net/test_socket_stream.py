@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import trio
@@ -134,7 +135,8 @@ async def test_a_peek_rests_while_the_kernel_reports_too_few_bytes_as_readable(
     """As for all sockets while the kernel is short of memory for TCP: here the receive buffer is so
     small that the kernel takes it for nearly full (tcp_rmem_pressure in the kernel's net/tcp.h)."""
     ours, theirs = pair(buffers=1)
-    await theirs.send_all(b"too little")
+    sent = bytes(900)
+    await theirs.send_all(sent)
     looks: list[float] = []
     recv = ours._recv
 
@@ -142,17 +144,17 @@ async def test_a_peek_rests_while_the_kernel_reports_too_few_bytes_as_readable(
         looks.append(trio.current_time())
         return recv(*arguments)
 
-    ours._recv = counting  # type: ignore[assignment]
+    ours._recv = counting
     with trio.move_on_after(10) as scope:
-        await ours.peek(64, at_least=64)
+        await ours.peek(1000, at_least=1000)
     assert scope.cancelled_caught
-    pauses = [after - before for before, after in zip(looks, looks[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(looks)]
     assert pauses[1:6] == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.32])
     assert max(pauses) == pytest.approx(0.32)
     assert len(looks) <= 40
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(theirs.send_all, bytes(54))
-        assert await ours.peek(64, at_least=64) == b"too little" + bytes(54)
+        nursery.start_soon(theirs.send_all, bytes(100))
+        assert await ours.peek(1000, at_least=1000) == sent + bytes(100)
     ours.close()
     theirs.close()
 

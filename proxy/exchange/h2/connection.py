@@ -87,7 +87,7 @@ class MultiplexedConnection:
         self.opened = self.idle_since = trio.current_time()
         self.broken: str | None = None
         # a protocol error of the peer, which ended the connection or ends it after its last stream
-        self.fault: ProtocolError | None = None
+        self.fault: str | None = None
         self._goaway_code: str | None = None  # the error code of the peer's GOAWAY
         self.going_away = False  # no new streams; either side has announced the end
         # server: accepts until then the streams that the client opened before it got the GOAWAY
@@ -167,7 +167,7 @@ class MultiplexedConnection:
                 if pacer.full:
                     await pacer.ready(partial(self._take, b"", on_request))
         except ProtocolError as error:
-            self.fault = error
+            self.fault = str(error)
             if self.client:  # responses that were complete before the error are valid
                 for event in self.http.before_fault:
                     self._dispatch(event)
@@ -225,7 +225,7 @@ class MultiplexedConnection:
                 self._on_goaway(event)
             case Exhausted():
                 self.going_away = True
-                self.fault = ProtocolError(event.words)
+                self.fault = event.words
                 self.on_capacity()
             case PingAnswered():
                 self._pinged = None

@@ -247,8 +247,11 @@ class Http2Server:
             self.serve = _ignore  # breaks a reference cycle
         if group is not None:
             # Cancelled in every task: raise a single Cancelled, not a group.
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise group
+            try:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                raise group
+            finally:
+                del group  # it holds this frame
 
     def _accept(self, stream: Http2Stream) -> None:
         # the client cancelled it before it was processed

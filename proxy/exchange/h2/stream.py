@@ -60,6 +60,13 @@ class StreamLost(Exception):
         self.fault = fault
         self.reset = reset
 
+    def again(self) -> StreamLost:
+        """Return an equal error to raise. A stream keeps its error, and an error that was raised
+        holds its traceback, and with it the stream: that would be a cycle."""
+        return type(self)(
+            str(self), self.code, refused=self.refused, fault=self.fault, reset=self.reset
+        )
+
 
 class ConnectionGoaway(StreamLost):
     """The connection has ended, after the peer had announced it (GOAWAY)."""
@@ -259,7 +266,7 @@ class Http2Stream:
         """Return the next head of the response, including interim ones. Raises StreamLost."""
         while not self._heads:
             if self._lost is not None:
-                raise self._lost
+                raise self._lost.again()
             await self._more()
         return self._heads.popleft()
 
@@ -272,7 +279,7 @@ class Http2Stream:
             self.mux.consumed(self.number, credit)
             return data
         if self._lost is not None:
-            raise self._lost
+            raise self._lost.again()
         return self._end
 
     async def receive(self) -> bytes | EndOfMessage:
@@ -319,7 +326,7 @@ class Http2Stream:
 
     def _send_window(self) -> int:
         if self._lost is not None:
-            raise self._lost
+            raise self._lost.again()
         if self.mux.broken is not None:
             raise StreamLost(self.mux.broken, Code.CANCEL)
         try:

@@ -169,7 +169,9 @@ def _read(
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        raise _refused(head, error, request=request) from None
+        refused = _refused(head, error, request=request)
+        error.__traceback__ = None  # a frame of h11 holds the error, and the error holds the frame
+        raise refused from None
     if isinstance(event, (h11.Request, h11.Response, h11.InformationalResponse)):
         return event
     raise ProtocolError("the head ends before it is complete")
