@@ -411,7 +411,7 @@ async def use_services(folder: Path, port: int, services: int, uses: int) -> dic
                 address, began = Address(cluster_address(number), 80), time.perf_counter()
                 with source.holding(address):
                     await source.learn(address)
-                    known = source.current.known(address)
+                    known = source.current.find_address(address)
                 times.append(time.perf_counter() - began)
                 if known is None or not known.service:
                     raise SystemExit(f"{address} is not known")

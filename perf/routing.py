@@ -111,7 +111,7 @@ def seconds(router: Router, case: Case) -> float:
 
     started = time.perf_counter()
     for turn in range(REQUESTS):
-        target: Target = router.choose(router.meant(known[turn % len(known)], ask))
+        target: Target = router.choose(router.find_target(known[turn % len(known)], ask))
     took = time.perf_counter() - started
     assert target.endpoints
     return took / REQUESTS

@@ -82,7 +82,7 @@ def read_settled(
     """
     paths = list(paths)
     contents, digest = read()
-    if settle <= 0 or not any(_young(path, settle) for path in paths):
+    if settle <= 0 or not any(_recently_modified(path, settle) for path in paths):
         return contents, digest
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -97,7 +97,7 @@ def read_settled(
         digest = again
 
 
-def _young(path: Path, settle: float) -> bool:
+def _recently_modified(path: Path, settle: float) -> bool:
     """Whether the file was modified in the last `settle` seconds. The inode's change time also
     counts, because a writer cannot set it.
     """

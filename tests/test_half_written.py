@@ -247,7 +247,7 @@ async def test_removed_identities_get_no_clear_text_until_the_time_is_over(
     assert watched.reports == [None]
     gone = [Address("10.97.0.2", 80), Address("10.2.0.2", 80), Address("10.1.0.2", 80)]
     for address in gone:
-        assert made.current.known(address) is None
+        assert made.current.find_address(address) is None
         assert made.former.find(address, trio.current_time()) is not None
     await watched.passes(300)
     assert [made.former.find(address, trio.current_time()) for address in gone] == [

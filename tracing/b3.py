@@ -19,8 +19,8 @@ from tracing.context import (
     NO_TRACE,
     Field,
     Format,
-    Glimpse,
     Places,
+    RecognisedContext,
     TraceContext,
     put,
     value_at,
@@ -121,7 +121,7 @@ SINGLE = Format("b3", _read_single, _write_single)
 MULTI = Format("b3multi", _read_multi, _write_multi)
 
 
-def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
+def recognise_single(lines: bytes, lower: bytes) -> RecognisedContext | None:
     """Fast version of `_read_single` for the usual form of the header.
 
     The lines must have no context in another format. `lower`: the lines in lower case. None: the
@@ -143,7 +143,7 @@ def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
     )
 
 
-def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
+def recognise_multi(lines: bytes, lower: bytes, trace_at: int) -> RecognisedContext | None:
     """Fast version of `_read_multi` for the usual form of the headers.
 
     `trace_at`: the offset of TRACE_ID in `lower`. None: the caller must use the complete parser.

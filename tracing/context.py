@@ -17,7 +17,7 @@ REPEATED = -1
 # The result of a fast parser, for lines that each end with CRLF: trace id, the caller's span id,
 # whether the trace is recorded, tracestate, offset of the span id in the lines, offset of the
 # parent id (0: the header has none), and length of the parent id in bytes.
-Glimpse = tuple[bytes, bytes, bool, tuple[bytes, ...], int, int, int]
+RecognisedContext = tuple[bytes, bytes, bool, tuple[bytes, ...], int, int, int]
 
 NO_TRACE, NO_SPAN = b"0" * 32, b"0" * 16
 

@@ -17,8 +17,8 @@ from tracing.context import (
     NO_TRACE,
     Field,
     Format,
-    Glimpse,
     Places,
+    RecognisedContext,
     TraceContext,
     put,
     value_at,
@@ -75,7 +75,7 @@ def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
 JAEGER = Format("uber-trace-id", _read, _write)
 
 
-def glimpse_jaeger(lines: bytes, lower: bytes) -> Glimpse | None:
+def recognise_jaeger(lines: bytes, lower: bytes) -> RecognisedContext | None:
     """Fast version of `_read` for the usual form of the header.
 
     The lines must have no other context whose format has "trace" in its name. `lower`: the lines in

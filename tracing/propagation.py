@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracing.b3 import MULTI, SINGLE, TRACE_ID, glimpse_multi, glimpse_single
-from tracing.context import REPEATED, Field, Format, Glimpse, Places, TraceContext
+from tracing.b3 import MULTI, SINGLE, TRACE_ID, recognise_multi, recognise_single
+from tracing.context import REPEATED, Field, Format, Places, RecognisedContext, TraceContext
 from tracing.grpc_bin import GRPC
-from tracing.jaeger import JAEGER, glimpse_jaeger
+from tracing.jaeger import JAEGER, recognise_jaeger
 from tracing.w3c import USUAL, USUAL_SPAN, W3C, state_of, traceparent
 
 FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI, JAEGER)
@@ -49,7 +49,7 @@ def locate(fields: list[Field]) -> Places:
     return places
 
 
-def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
+def recognise(lines: bytes, lower: bytes, mentions: int) -> RecognisedContext | None:
     """Fast parser for a context in one format only, in its usual form. None: use `extract`.
 
     `lines`: `name: value`, each with CRLF. `lower`: the same in lower case. The header must not be
@@ -57,17 +57,21 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
     as often as the format itself needs, there is no other format.
     """
     if not mentions:
-        return glimpse_single(lines, lower)
+        return recognise_single(lines, lower)
     at = lower.find(_TRACEPARENT)
     if at < 0:
         if lower.find(b"uber-trace-id:") >= 0:
-            return glimpse_jaeger(lines, lower) if mentions == 1 else None
+            return recognise_jaeger(lines, lower) if mentions == 1 else None
         several = lower.find(TRACE_ID)
         if mentions != (several >= 0) and (
             lower.find(b"traceparent:") >= 0 or lower.find(b"grpc-trace-bin:") >= 0
         ):
             return None
-        return glimpse_single(lines, lower) if several < 0 else glimpse_multi(lines, lower, several)
+        return (
+            recognise_single(lines, lower)
+            if several < 0
+            else recognise_multi(lines, lower, several)
+        )
     match = USUAL.match(lines, at)
     if match is None or lower.find(b"b3:") >= 0:
         return None

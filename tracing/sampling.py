@@ -27,8 +27,8 @@ from tracing.propagation import (
     drop_standard,
     extract,
     extract_at,
-    glimpse,
     locate,
+    recognise,
     replace,
 )
 from tracing.w3c import traceparent
@@ -146,7 +146,7 @@ class Tracer:
         mentions = lower.count(b"trace")
         if not mentions and lower.find(b"b3") < 0:  # every trace header's name has one
             return None if self._begins else (None, lines)
-        found = glimpse(lines, lower, mentions) if self._sampling.follow else None
+        found = recognise(lines, lower, mentions) if self._sampling.follow else None
         if found is None:
             return None
         trace_id, caller, sampled, state, place, parent, width = found
@@ -161,7 +161,7 @@ class Tracer:
     def next_glance(self, trace: Trace, lines: bytes, parent: bytes) -> bytes | None:
         """Fast version of `next_attempt` for lines that `glance` can parse. None: it cannot."""
         lower = lines.lower()
-        found = glimpse(lines, lower, lower.count(b"trace"))
+        found = recognise(lines, lower, lower.count(b"trace"))
         if found is None:
             return None
         trace.span_id = span_id = self.span_id()

@@ -129,9 +129,7 @@ async def check_peers(
     config: Config, identity: Identity | None, directory: Directory, limit: int, timeout: float
 ) -> list[Result]:
     """Try up to `limit` endpoints, `_AT_ONCE` at a time, each for at most `timeout` seconds."""
-    endpoints = [
-        endpoint for endpoint in _endpoints(directory) if not _ourselves(endpoint, identity)
-    ]
+    endpoints = [endpoint for endpoint in _endpoints(directory) if not _is_own(endpoint, identity)]
     if not endpoints:
         return [
             Result(_NAME, "skipped", "the directory has no ready endpoint except this pod's own")
@@ -186,7 +184,7 @@ def _endpoints(directory: Directory) -> list[Endpoint]:
     return list(found.values())
 
 
-def _ourselves(endpoint: Endpoint, identity: Identity | None) -> bool:
+def _is_own(endpoint: Endpoint, identity: Identity | None) -> bool:
     """Whether this is our own endpoint. Traffic inside a pod is not redirected, so it answers
     without TLS and proves nothing.
     """
@@ -223,7 +221,7 @@ def _as_the_proxy(config: Config) -> Iterator[tuple[Dialer, str]]:
             )
         return
     before = os.geteuid()
-    if not _became(config.intercept.uid):
+    if not _switch_user(config.intercept.uid):
         yield (
             dialer,
             (
@@ -247,7 +245,7 @@ def _may_mark(mark: int) -> bool:
     return True
 
 
-def _became(uid: int) -> bool:
+def _switch_user(uid: int) -> bool:
     try:
         os.seteuid(uid)
     except OSError:

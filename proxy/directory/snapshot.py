@@ -237,7 +237,7 @@ class Directory:
         default_factory=dict, repr=False, compare=False
     )
 
-    def known(self, original: Address) -> Target | None:
+    def find_address(self, original: Address) -> Target | None:
         """The target of an address. None: the directory does not have it. UNANSWERED: whether it
         has the address is not known. UNIDENTIFIED: which identity is there is not known. The time
         does not depend on the size of the directory."""
@@ -247,7 +247,7 @@ class Directory:
         pod = self.pods.get(original.host)
         if pod is None:
             if original.host.startswith("::ffff:"):
-                return self.known(Address(normalised(original.host), original.port))
+                return self.find_address(Address(normalised(original.host), original.port))
             if self.requested is None:
                 return None
             if original.host in self.requested.unidentified:
@@ -257,9 +257,9 @@ class Directory:
 
     def resolve(self, original: Address) -> Target:
         """The destination of a connection to `original`. Never raises."""
-        return self.known(original) or itself(original)
+        return self.find_address(original) or itself(original)
 
-    def named(self, host: str, namespace: str) -> Service | None:
+    def find_service(self, host: str, namespace: str) -> Service | None:
         """The service that the name `host` means for a pod in `namespace`, in this or another
         cluster. See dns/service.py."""
         return self._names.find(host, namespace)

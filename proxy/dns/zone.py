@@ -96,7 +96,7 @@ class Zone:
             "." in label for label in labels
         ):  # DNS allows a dot within a label, but no service has such a name
             return None
-        return self._directory.named(".".join(labels), self._namespace)
+        return self._directory.find_service(".".join(labels), self._namespace)
 
     def _below_a_service(self, labels: Sequence[str]) -> bool:
         """Whether the name has the form [...].c.shop.svc.cluster.local, and this cluster has that

@@ -10,7 +10,7 @@ from proxy.exchange.upgrade import carry
 from proxy.fastpath.plan import ConnectionLease, StreamLease
 from proxy.flows.runtime import Runtime
 from proxy.flows.serving import HttpLayers, keep_draws
-from proxy.flows.upstreams import Pools, spoken
+from proxy.flows.upstreams import Pools, protocol_of
 from proxy.identity.spiffe import is_identity
 from proxy.net.address import Address
 from proxy.wire.messages import CALLER
@@ -39,7 +39,7 @@ class InboundPlanner:
         outbound side has already translated it."""
         if not exchange.underway:
             self._direct(exchange)
-        protocol, application = spoken(exchange.request.version), exchange.facts.destination
+        protocol, application = protocol_of(exchange.request.version), exchange.facts.destination
         await carry(self._client, exchange, application, self._pools, protocol)
 
     def take(self, exchange: Exchange, now: float) -> ConnectionLease[Address] | None:

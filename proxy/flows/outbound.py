@@ -48,7 +48,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             rt.loops.check_accepted(connection, about)
             if rt.directory.asks:
                 await rt.directory.learn(about.destination)
-            target = rt.router.known(about.destination) or itself(about.destination)
+            target = rt.router.find_address(about.destination) or itself(about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
             declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)

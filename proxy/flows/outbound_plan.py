@@ -72,7 +72,7 @@ class OutboundPlan:
         """The target that the request is for. UNANSWERED, UNIDENTIFIED: the directory does not know
         yet."""
         request = exchange.request
-        target = self._flow.router.meant(
+        target = self._flow.router.find_target(
             exchange.facts.destination, lambda: requested_authority(request)
         )
         exchange.service = target.service
@@ -115,7 +115,7 @@ class OutboundPlan:
         rt, destination = self._flow.rt, exchange.facts.destination
         await rt.directory.learn(destination)
         name = requested_authority(exchange.request)
-        if name and rt.router.known(destination) is None:
+        if name and rt.router.find_address(destination) is None:
             await rt.directory.learn_name(name, rt.router.namespace)
 
     def _choose(self, exchange: Exchange) -> Target:

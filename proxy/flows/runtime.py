@@ -263,7 +263,7 @@ class Runtime:
     def check_clear_text(self, address: Address) -> None:
         """Raises UpstreamTLSError if `address` recently had an identity, so that it must not get
         clear text. Call this before each use of a pooled connection."""
-        former = self._was(address)
+        former = self._former_identity(address)
         if former is not None:
             of = f" for {', '.join(sorted(former.services))}" if former.services else ""
             words = (
@@ -274,9 +274,9 @@ class Runtime:
 
     def clear_text_allowed(self, address: Address) -> bool:
         """Whether `check_clear_text` raises nothing."""
-        return self._was(address) is None
+        return self._former_identity(address) is None
 
-    def _was(self, address: Address) -> Former | None:
+    def _former_identity(self, address: Address) -> Former | None:
         """The former identity of an address, if it had one recently. None for addresses of this
         pod."""
         former = self.former

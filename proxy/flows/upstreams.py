@@ -113,7 +113,7 @@ class Pools(Generic[K]):
         self._http2.close()
 
 
-def spoken(version: bytes) -> Protocol:
+def protocol_of(version: bytes) -> Protocol:
     """The protocol in which a request arrived."""
     return Protocol.HTTP2 if version == b"2" else Protocol.HTTP1
 
@@ -127,7 +127,7 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     elif target.protocol is Hint.HTTP2:
         protocol = Protocol.HTTP2
     else:
-        protocol = spoken(request.version)
+        protocol = protocol_of(request.version)
     if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
         raise RequestError(
             "CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501

@@ -258,7 +258,7 @@ class Share:
             return most
         return max(_LEAST_READ, size)
 
-    async def below(self) -> None:
+    async def wait_until_below(self) -> None:
         """Wait until the connection is below its threshold."""
         budget = self.budget
         if self.over:

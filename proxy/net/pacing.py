@@ -55,7 +55,7 @@ class Line:
                 self._emptied = trio.Event()
             await self._emptied.wait()
 
-    def took(self) -> None:
+    def report_step(self) -> None:
         """Report that a step was taken from the line."""
         if not self.steps and self._emptied is not None:
             self._emptied.set()
@@ -123,7 +123,7 @@ class Pacer:
             while line.steps:
                 self.waiting -= 1
                 line.steps.popleft()()
-            line.took()
+            line.report_step()
 
     def _wake(self) -> None:
         task = self._task
@@ -168,7 +168,7 @@ class Pacer:
             self.waiting -= 1
             if line.steps:
                 lines.append(line)
-            line.took()
+            line.report_step()
             try:
                 step()
             # error boundary: a bug in one connection must not end the process

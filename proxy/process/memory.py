@@ -145,10 +145,10 @@ class MemoryWatch:
         # A full collection is due, but too many connections are open. The earliest next one while
         # they are.
         self._postponed, self._collect_next = False, 0.0
-        budget.on_action = self._acted
+        budget.on_action = self._log_action
         self.observe()  # so that all series exist from the start
 
-    def _acted(self, action: Action) -> None:
+    def _log_action(self, action: Action) -> None:
         budget = self.budget
         words = "memory is short (%d of %d MiB buffered, %d for clients without an identity): %s"
         figures = (budget.used // _MIB, budget.limit // _MIB, budget.open_used // _MIB)

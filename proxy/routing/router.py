@@ -163,11 +163,11 @@ class Router:
 
     # The destination.
 
-    def known(self, original: Address) -> Target | None:
+    def find_address(self, original: Address) -> Target | None:
         """The target of an address. None: the directory does not have the address. UNANSWERED and
-        UNIDENTIFIED: see Directory.known."""
+        UNIDENTIFIED: see Directory.find_address."""
         directory = self.source.current
-        target = directory.known(original)
+        target = directory.find_address(original)
         virtual = self.virtual
         if target is not None or virtual is None or not virtual.covers(original.host):
             return target
@@ -182,10 +182,10 @@ class Router:
         """Keeps the meaning of this address while a connection to it is open."""
         return self.virtual.held(original.host) if self.virtual is not None else _NOTHING_HELD
 
-    def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
+    def find_target(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
         """The target of a request to `original`. Calls `authority` only if the authority may select
         a service."""
-        target = self.known(original)
+        target = self.find_address(original)
         if target is None and (self.networks or self.remote_gateways is not None):
             target = self._named(original, authority)
         return target or itself(original)

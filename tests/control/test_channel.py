@@ -62,7 +62,7 @@ async def running(nursery: trio.Nursery) -> Callable[[ControlSource], None]:
 
 
 def hosts(source: ControlSource, address: str) -> set[str] | None:
-    target = source.current.known(Address(address, 80))
+    target = source.current.find_address(Address(address, 80))
     assert target is not UNANSWERED
     return None if target is None else {end.address.host for end in target.endpoints}
 
@@ -84,13 +84,13 @@ async def test_a_first_use_waits_for_the_answer_and_changes_follow(
         assert source.not_ready() == "the directory has never been reached: connecting"
         running(source)
         with source.holding(Address(VIP, 80)), source.holding(Address(STRANGER, 443)):
-            assert source.current.known(Address(VIP, 80)) is UNANSWERED
+            assert source.current.find_address(Address(VIP, 80)) is UNANSWERED
             await source.learn(Address(VIP, 80))
             await source.learn(Address(STRANGER, 443))
             assert source.not_ready() is None
             assert hosts(source, VIP) == {POD}
-            assert source.current.known(Address(VIP, 81)) is None
-            assert source.current.known(Address(STRANGER, 443)) is None
+            assert source.current.find_address(Address(VIP, 81)) is None
+            assert source.current.find_address(Address(STRANGER, 443)) is None
             channel.changed(workshop.catalog.put(service("web", VIP, [POD, "10.1.0.2"])))
             await until(lambda: hosts(source, VIP) == {POD, "10.1.0.2"}, "the change")
             channel.changed(workshop.catalog.remove("web"))
@@ -113,7 +113,7 @@ async def test_an_address_that_was_not_in_use_keeps_its_former_identity(
         for address in (Address(VIP, 80), Address(POD, 8080)):
             with source.holding(address):
                 await source.learn(address)
-                assert source.current.known(address) is None
+                assert source.current.find_address(address) is None
                 assert former_identity(source, address) == str(WEB)
 
 
@@ -130,7 +130,7 @@ async def test_an_endpoint_that_loses_its_identity_gets_no_clear_text(
             channel.changed(workshop.catalog.put(replace(entry, endpoints=plain)))
 
             def identity() -> object:
-                target = source.current.known(Address(VIP, 80))
+                target = source.current.find_address(Address(VIP, 80))
                 assert target is not None
                 return target.endpoints[0].identity
 
@@ -412,12 +412,12 @@ async def test_the_last_good_directory_stays_whatever_a_control_plane_sends(
             await until(lambda: source.connects["ok"] >= 3, "two connections")
             assert hosts(source, VIP) == {POD}
             assert source.subscriptions.entries[f"a/{VIP}"].version == version
-            assert source.current.known(Address(OTHER, 80)) is UNANSWERED
+            assert source.current.find_address(Address(OTHER, 80)) is UNANSWERED
     source.settings = workshop.source(port).settings
     async with workshop.control(port=port):
         with source.holding(Address(OTHER, 80)):
             await source.learn(Address(OTHER, 80))
-            assert source.current.known(Address(OTHER, 80)) is None
+            assert source.current.find_address(Address(OTHER, 80)) is None
             assert hosts(source, VIP) == {POD}
 
 
@@ -434,7 +434,7 @@ async def test_a_server_with_another_identity_is_not_believed(
         running(source)
         with source.holding(Address(VIP, 80)):
             await source.learn(Address(VIP, 80))
-            assert source.current.known(Address(VIP, 80)) is UNANSWERED
+            assert source.current.find_address(Address(VIP, 80)) is UNANSWERED
         await until(lambda: source.connects["tls"] >= 2, "attempts")
         assert f"{CONTROL} was expected" in (source.not_ready() or "")
         assert received == []
@@ -507,12 +507,12 @@ async def test_without_a_connection_addresses_elsewhere_do_not_wait(
     began = trio.current_time()
     with source.holding(Address(STRANGER, 443)):
         await source.learn(Address(STRANGER, 443))
-        assert source.current.known(Address(STRANGER, 443)) is None
+        assert source.current.find_address(Address(STRANGER, 443)) is None
     assert trio.current_time() == began
     with source.holding(Address(VIP, 80)):
         await source.learn(Address(VIP, 80))
         assert trio.current_time() == began + 3.0
-        assert source.current.known(Address(VIP, 80)) is UNANSWERED
+        assert source.current.find_address(Address(VIP, 80)) is UNANSWERED
     assert source.unanswered == 2
     # The pauses double up to the limit, and are varied.
     await trio.sleep(100)

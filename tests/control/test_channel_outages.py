@@ -62,7 +62,7 @@ class Cut:
 
 
 def known(source: ControlSource, host: str) -> object:
-    return source.current.known(Address(host, 80))
+    return source.current.find_address(Address(host, 80))
 
 
 async def test_a_replica_that_is_cut_off_answers_only_what_it_knows(workshop: Workshop) -> None:

@@ -48,7 +48,7 @@ def test_a_service_of_two_pods_one_of_which_is_meshed() -> None:
     assert directory.resolve(Address("10.96.0.1", 80)) == Target(
         "shop/web", (meshed, bare), Hint.HTTP1
     )
-    assert directory.named("web.shop.svc.cluster.local", "") is not None
+    assert directory.find_service("web.shop.svc.cluster.local", "") is not None
     assert cluster.catalog.problems == {}
 
 
@@ -420,7 +420,7 @@ def test_a_port_that_is_not_defined_is_not_known() -> None:
     cluster = Cluster().put(
         service(), slice_of("web", endpoint("10.1.0.1", "a")), pod("a", "10.1.0.1")
     )
-    assert cluster.directory().known(Address("10.96.0.1", 81)) is None
+    assert cluster.directory().find_address(Address("10.96.0.1", 81)) is None
 
 
 def test_names_addresses_are_no_endpoints() -> None:

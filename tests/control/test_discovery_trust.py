@@ -134,7 +134,7 @@ def test_an_address_that_becomes_a_pods_is_the_pods() -> None:
     cluster.put(pod("a", VICTIM))
     assert cluster.directory().resolve(TRAP).endpoints == ()
     assert (
-        cluster.directory().known(Address(VICTIM, 8080)) is None
+        cluster.directory().find_address(Address(VICTIM, 8080)) is None
     )  # the document has only endpoints,
     assert cluster.catalog.pods[VICTIM].identity == identity("web")  # and the channel all pods
 

@@ -30,7 +30,7 @@ def directory(text: str = TEXT) -> Directory:
 
 
 def test_a_remote_service_is_a_target_whose_endpoints_are_the_gateways_of_its_cluster() -> None:
-    service = directory().named("c.east", "default")
+    service = directory().find_service("c.east", "default")
     assert service is not None
     assert (service.qualified, service.cluster) == ("east/default/c", "east")
     target = service.targets[80]
@@ -53,7 +53,10 @@ def test_the_gateway_gets_the_name_in_its_own_cluster_with_a_port_where_it_needs
 def test_one_gateway_is_the_same_endpoint_for_all_services_behind_it() -> None:
     """So that they share its connections."""
     found = directory()
-    one, two = found.named("c.east", "default"), found.named("db.data.east", "default")
+    one, two = (
+        found.find_service("c.east", "default"),
+        found.find_service("db.data.east", "default"),
+    )
     assert one is not None
     assert two is not None
     assert one.targets[5432].endpoints == two.targets[5432].endpoints
@@ -128,7 +131,7 @@ def test_a_plan_keeps_to_the_address_family_that_was_dialled() -> None:
 
 def test_a_service_without_split_or_failover_has_no_plan() -> None:
     assert directory().resolve(Address("10.1.0.9", 80)).plan is None
-    new = directory().named("new", "default")
+    new = directory().find_service("new", "default")
     assert new is not None
     assert new.targets[80].plan is None
 
@@ -142,7 +145,7 @@ def test_failover_alone_is_a_plan_with_one_backend() -> None:
 services: [{{name: c, ports: [{{port: 80}}], failover: {{clusters: [east]}}}}]
 clusters: [{{name: east, gateways: [{{address: 203.0.113.7, identity: {GATEWAY}}}], services: [{{name: c, ports: [{{port: 80}}]}}]}}]
 """
-    service = directory(text).named("c", "default")
+    service = directory(text).find_service("c", "default")
     assert service is not None
     plan = service.targets[80].plan
     assert plan is not None
@@ -300,4 +303,4 @@ def test_a_thousand_remote_services_are_read_quickly() -> None:
     started = time.perf_counter()
     found = parse(text, "large")
     assert time.perf_counter() - started < 20, "about 0.06 s on an idle machine"
-    assert found.named("s-999.east", "default") is not None
+    assert found.find_service("s-999.east", "default") is not None

@@ -52,15 +52,15 @@ async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_e
 
     found = read(west)
     assert found.name == "west"
-    remote = found.named("c.east", "default")
+    remote = found.find_service("c.east", "default")
     assert remote is not None
     (way,) = remote.targets[80].endpoints
     assert (way.address, str(way.identity)) == (
         Address(leg.ipv4, 4143),
         "spiffe://cluster.local/ns/isthmus/sa/gateway",
     )
-    assert found.named("secret.east", "default") is None
-    other = found.named("c.south", "default")
+    assert found.find_service("secret.east", "default") is None
+    other = found.find_service("c.south", "default")
     assert other is not None
     assert other.targets[80].endpoints[0].address == Address(border.leg.ipv4, 14143)
     plan = found.resolve(Address(local.ipv4, 80)).plan

@@ -99,7 +99,7 @@ async def test_a_connection_above_its_threshold_waits_until_others_release() -> 
     went: list[str] = []
 
     async def wait(share: Share, name: str) -> None:
-        await share.below()
+        await share.wait_until_below()
         went.append(name)
 
     async with trio.open_nursery() as nursery:
@@ -118,7 +118,7 @@ async def test_a_cancelled_task_does_not_wait_any_more() -> None:
     budget = MemoryBudget(10)
     share = budget.share(9)
     with trio.move_on_after(0.01) as scope:
-        await share.below()
+        await share.wait_until_below()
     assert scope.cancelled_caught
     share.release(9)
     assert not budget._waiting
@@ -175,7 +175,7 @@ async def test_one_that_is_not_read_and_whose_client_has_gone_is_closed_at_once(
     budget.sweep(0.0)
     assert not closed  # it is being read: the reader notices
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(share.below)
+        nursery.start_soon(share.wait_until_below)
         await wait_all_tasks_blocked()
         budget.sweep(1.0)
         assert closed == [True]

@@ -78,7 +78,9 @@ class World:
         )
 
     def to(self, address: str = "10.96.0.1:80", authority: bytes | None = None) -> Target:
-        return self.router.choose(self.router.meant(Address.parse(address), lambda: authority))
+        return self.router.choose(
+            self.router.find_target(Address.parse(address), lambda: authority)
+        )
 
     def where(self) -> str | None:
         return self.to().service

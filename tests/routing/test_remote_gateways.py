@@ -57,7 +57,7 @@ async def test_a_gateway_that_is_given_by_a_name_is_found(tmp_path: Path) -> Non
 
 
 def remote(all_: Clusters) -> Target:
-    service = all_.west.runtime.directory.current.named("c.east", "default")
+    service = all_.west.runtime.directory.current.find_service("c.east", "default")
     assert service is not None
     return service.targets[80]
 

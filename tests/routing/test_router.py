@@ -52,10 +52,10 @@ def test_the_authority_is_not_even_looked_at_where_it_may_not_choose() -> None:
         raise AssertionError("the authority is not asked for")
 
     router = World(text()).router
-    assert router.meant(Address("10.96.0.1", 80), ask).service == "default/c"
-    assert router.meant(Address("198.51.100.1", 80), ask).service is None
+    assert router.find_target(Address("10.96.0.1", 80), ask).service == "default/c"
+    assert router.find_target(Address("198.51.100.1", 80), ask).service is None
     router.networks = ()
-    assert router.meant(Address("192.0.2.1", 80), ask).service is None
+    assert router.find_target(Address("192.0.2.1", 80), ask).service is None
 
 
 @given(
@@ -69,8 +69,10 @@ def test_an_address_outside_of_the_mesh_is_itself_whatever_the_authority(
     original = Address(host, port)
     router = World(text()).router
     router.networks = ()
-    if router.known(original) is None:
-        assert router.meant(original, lambda: authority) == Target(None, (Endpoint(original),))
+    if router.find_address(original) is None:
+        assert router.find_target(original, lambda: authority) == Target(
+            None, (Endpoint(original),)
+        )
 
 
 class Gates:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import NAMES, begin, extract, glimpse, header, replace
+from tracing.propagation import NAMES, begin, extract, header, recognise, replace
 
 TRACE, SHORT = b"463ac35c9f6413ad48485a3953bb6124", b"48485a3953bb6124"
 SPAN, PARENT, OURS = b"a2fb4a1d1a96d312", b"0020000000000001", b"00f067aa0ba902b7"
@@ -486,4 +486,4 @@ def test_two_formats_with_trace_in_their_names_are_not_seen_at_a_glance() -> Non
         TRACE,
         SPAN,
     )
-    assert glimpse(lines, lines.lower(), lines.lower().count(b"trace")) is None
+    assert recognise(lines, lines.lower(), lines.lower().count(b"trace")) is None

@@ -110,4 +110,4 @@ class ReadPacer:
             go_on()
             await self.line.emptied()
         if self._share.over:
-            await self._share.below()
+            await self._share.wait_until_below()

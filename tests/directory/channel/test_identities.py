@@ -164,7 +164,7 @@ async def test_an_address_whose_identity_is_unknown_leads_nowhere(scene: Scene) 
     strange = "203.0.113.7"
     scene.use({A_ONE: unknown, f"a/{strange}": unknown})
     for host in (ONE, strange):
-        assert scene.source.current.known(Address(host, 443)) is UNIDENTIFIED
+        assert scene.source.current.find_address(Address(host, 443)) is UNIDENTIFIED
         assert not scene.clear(host, 443)
         with trio.fail_after(1):
             await scene.source.learn(Address(host, 443))
@@ -197,7 +197,7 @@ async def test_a_connection_to_a_new_pod_waits_until_its_identity_is_known(
         scene.receive(A_ONE, UnknownView(pending=True))
         await scene.source.learn(Address(ONE, 80))
         assert trio.current_time() == began + 4, "first_use_timeout"
-        assert scene.source.current.known(Address(ONE, 80)) is UNIDENTIFIED
+        assert scene.source.current.find_address(Address(ONE, 80)) is UNIDENTIFIED
         assert scene.source.unanswered == 1
 
 
@@ -290,7 +290,7 @@ async def test_without_room_to_remember_entries_stay_as_they_are(
     scene.forget()
     scene.use({S_WEB: None})
     assert set(scene.source.subscriptions.entries) == {S_WEB}
-    named = scene.source.current.named("web.shop", "shop")
+    named = scene.source.current.find_service("web.shop", "shop")
     assert named is not None
     assert {end.address.host for end in named.targets[80].endpoints} == {TWO}
     assert len(scene.source.former) == 2
@@ -298,7 +298,7 @@ async def test_without_room_to_remember_entries_stay_as_they_are(
     assert "directory.max_remembered" in caplog.text
     await trio.sleep(KEEP)
     scene.use({})
-    assert scene.source.current.named("web.shop", "shop") is None
+    assert scene.source.current.find_service("web.shop", "shop") is None
     assert scene.losses == {"service": 1, "endpoint": 1}
     assert not scene.clear(TWO)
 

@@ -250,7 +250,7 @@ class Machine(RuleBasedStateMachine):
             owner = self.catalog.owner(vip)
             entry = self.proxy.entries.get(address_key(vip))
             if entry is not None and entry.sent:
-                target = one.known(Address(vip, 80))
+                target = one.find_address(Address(vip, 80))
                 assert (target.service if target else None) == (
                     "/".join(owner.key) if owner else None
                 )
