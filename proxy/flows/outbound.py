@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from proxy.directory import Endpoint, Hint, itself
+from proxy.directory import UNANSWERED, Endpoint, Hint, Target, itself
 from proxy.exchange.exchange import ConnectionInfo
 from proxy.flows.outbound_plan import OutboundPlanner
 from proxy.flows.outbound_relay import relay_to_endpoint
@@ -24,6 +24,7 @@ from proxy.flows.runtime import Runtime
 from proxy.flows.serving import serve
 from proxy.flows.upstreams import Pools
 from proxy.net.accept import Connection
+from proxy.net.address import Address
 from proxy.net.socket_stream import Stream
 from proxy.wire.sniff import Protocol
 
@@ -48,7 +49,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             rt.loops.check_accepted(connection, about)
             if rt.directory.asks:
                 await rt.directory.learn(about.destination)
-            target = rt.router.find_address(about.destination) or itself(about.destination)
+            target = _find(rt, about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
             declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)
@@ -63,11 +64,22 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             stream: Stream | None = connection.stream
             if about.protocol is Protocol.OPAQUE:
                 about.unsure = opening.open
+                # The client may have been silent for seconds: the directory may know more now.
+                target = _find(rt, about.destination)
+                about.service = target.service
                 stream = await relay_to_endpoint(rt, target, connection.stream, about, account)
             if stream is not None:
                 await serve(rt, stream, about, planner.handler, planner)
 
     return accept
+
+
+def _find(rt: Runtime, destination: Address) -> Target:
+    """The target of a connection. UNANSWERED and UNIDENTIFIED: the directory does not know."""
+    target = rt.router.find_address(destination)
+    if target is UNANSWERED and not rt.directory.inside(destination.host):
+        target = None  # another connection waits for the answer
+    return target or itself(destination)
 
 
 def waits(rt: Runtime, *, opaque: bool, declared: bool) -> tuple[float | None, float]:
