@@ -140,6 +140,7 @@ class Control:
             )
             self.channel.views.is_current = self.discovery.is_current
             self.discovery.on_current = self.channel.views.answer_withheld
+            self.discovery.on_flush = self.channel.views.answer_settled
             if config.issuing is not None:
                 self.issuing = self._issuing(config.issuing, self.identity)
         self._reported: dict[Key, tuple[str, ...]] = {}

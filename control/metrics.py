@@ -96,7 +96,7 @@ class Metrics:
             self._observe_issuing(self._parts.issuing.authority)
         parts, catalog = self._parts, self._parts.discovery.catalog
         self._services.at().set(len(catalog.services))
-        self._meshed.at().set(len(catalog.pods))
+        self._meshed.at().set(catalog.meshed)
         self._unknown.at().set(len(catalog.unknown))
         self._problems.at().set(len(catalog.problems))
         self._leading.at().set(parts.election.leading)

@@ -118,14 +118,16 @@ class Session:
             key = next(iter(self._stale))
             del self._stale[key]
             followed = self._followed[key]
-            if self._views.withholds(followed.topic):
+            before = self._views.computed
+            variant = self._views.variant(followed.topic, self.place)
+            if self._views.is_settling(followed.topic, variant):
+                continue
+            if self._views.withholds(followed.topic, variant):
                 if followed.needs_reply:
                     followed.needs_reply = False
                     unavailable.append(key)
                     size += len(key)
                 continue
-            before = self._views.computed
-            variant = self._views.variant(followed.topic, self.place)
             needs_reply, followed.needs_reply = followed.needs_reply, False
             if variant.version == followed.version:
                 if needs_reply:

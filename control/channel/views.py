@@ -8,24 +8,29 @@ with its frame, and all connections send the same bytes.
 A slice may list an address that belongs to no pod. Then the content of this bare address depends on
 the namespace of the proxy: the tenant must not change what proxies of other namespaces get.
 
-A topic knows which services its contents depend on. When one of them changes, its contents are
-dropped, and computed again when a follower is to be sent something.
+A topic knows which services and which parts of a place its contents depend on. When one of the
+services changes, its contents are dropped, and computed again when a follower is to be sent
+something.
 
-While discovery is cut off from the API server, what it does not have may exist. So such an answer
-is withheld, and given when discovery is current again.
+Clients send clear text to an address that the mesh does not have. So this answer is withheld in two
+cases. While discovery is cut off from the API server, what it does not have may exist: the answer
+is given when discovery is current again. That a slice lists the address does not matter, because a
+tenant can list any address. And discovery may have facts about the address that are not in its
+entries yet: the answer is given after the next flush. The second case also holds for the address of
+a pod without a sidecar, which the next pod may have already.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from control.contract import LABEL, Hint, normalised
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
-from control.discovery.usable_endpoints import Place, usable
+from control.discovery.usable_endpoints import NOWHERE, Place, usable
 from control.kube.resources import Key
 from proxy.directory.channel.messages import Update, frame, version_of
 from proxy.directory.channel.views import (
@@ -53,20 +58,48 @@ class Follower(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The content of a topic for some places: its version, and the frame that all of them get."""
+    """The content of a topic for some places: its version, and the frame that all of them get.
+    `empty`: it is that the mesh does not have the entry. `plain`: a client that connects to the
+    address of the topic sends clear text there."""
 
     version: bytes
     frame: bytes
+    empty: bool
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The parts of a place that the contents of a topic depend on."""
+
+    node: bool = False
+    zone: bool = False
+    namespace: bool = False
+
+    def of(self, place: Place) -> Place:
+        """These parts of `place`."""
+        if not (self.node or self.zone or self.namespace):
+            return NOWHERE
+        return Place(
+            place.node if self.node else "",
+            place.zone if self.zone else "",
+            place.namespace if self.namespace else "",
+        )
+
+
+_EVERYWHERE = _Scope()
 
 
 @dataclass(slots=True, eq=False)
 class Topic:
-    """One entry. `followers` in order of arrival. `services`: those that the contents depend on."""
+    """One entry. `followers` in order of arrival. `services`: those that the contents depend on.
+    `scope` None: not known yet."""
 
     key: str
     followers: dict[Follower, None] = field(default_factory=dict)
     variants: dict[Place, Variant] = field(default_factory=dict)
     services: tuple[Key, ...] = ()
+    scope: _Scope | None = None
 
 
 class Views:
@@ -79,7 +112,8 @@ class Views:
         # topics by the services that they depend on
         self._dependents: dict[Key, dict[Topic, None]] = {}
         self.is_current: Callable[[], bool] = lambda: True
-        self._withheld: dict[Topic, None] = {}
+        self._withheld: dict[Topic, None] = {}  # until discovery is current
+        self._settling: dict[Topic, None] = {}  # until its next flush
 
     def follow(self, key: str, follower: Follower) -> Topic:
         """The topic of a key. Raises ValueError if it is not a key."""
@@ -96,10 +130,26 @@ class Views:
         if not topic.followers and self.topics.pop(topic.key, None) is not None:
             self._depend_on(topic, ())
             self._withheld.pop(topic, None)
+            self._settling.pop(topic, None)
 
-    def withholds(self, topic: Topic) -> bool:
-        """Whether the answer is withheld now. Its followers are told when it is known."""
-        if self.is_current() or self._exists(topic.key):
+    def is_settling(self, topic: Topic, variant: Variant) -> bool:
+        """Whether the answer has to wait for the next flush. Then followers are told."""
+        if not variant.plain:
+            return False
+        kind, _, name = topic.key.partition("/")
+        settling = (
+            self._catalog.is_settling_service(_service_key(name))
+            if kind == "s"
+            else self._catalog.is_settling(name)
+        )
+        if settling:
+            self._settling[topic] = None
+        return settling
+
+    def withholds(self, topic: Topic, variant: Variant) -> bool:
+        """Whether the answer is withheld because discovery is not current. Followers are told when
+        it is."""
+        if not variant.empty or self.is_current() or self._is_certain(topic.key):
             return False
         self._withheld[topic] = None
         return True
@@ -110,24 +160,24 @@ class Views:
         for topic in withheld:
             self._tell(topic)
 
-    def _exists(self, key: str) -> bool:
-        """Whether discovery knows something about an entry, even that it is not in the mesh."""
+    def answer_settled(self) -> None:
+        """Discovery has used all facts that it has."""
+        settled, self._settling = self._settling, {}
+        for topic in settled:
+            self._tell(topic)
+
+    def _is_certain(self, key: str) -> bool:
+        """Whether discovery knows that an entry is empty, and what it is: a service without ports,
+        or a node."""
         kind, _, name = key.partition("/")
-        catalog = self._catalog
         if kind == "s":
-            namespace, _, service = name.partition("/")
-            return (namespace, service) in catalog.services
-        return (
-            name in catalog.pods
-            or name in catalog.unknown
-            or catalog.owner(name) is not None
-            or catalog.holder(name) is not None
-            or any(True for _ in catalog.listing(name))
-        )
+            return _service_key(name) in self._catalog.services
+        return self._catalog.owner(name) is not None or self._catalog.is_host(name)
 
     @staticmethod
     def _tell(topic: Topic) -> None:
         topic.variants.clear()
+        topic.scope = None
         for follower in topic.followers:
             follower.stale(topic)
 
@@ -149,16 +199,14 @@ class Views:
 
     def variant(self, topic: Topic, place: Place) -> Variant:
         """The content of a topic for a proxy at `place`."""
-        place = self._seen_from(topic, place)
+        if topic.scope is None:
+            topic.scope = self._scope(topic)
+        place = topic.scope.of(place)
         variant = topic.variants.get(place)
         if variant is None:
             if len(topic.variants) >= _MOST_VARIANTS:  # also places of proxies that are gone
                 topic.variants.clear()
-            content, sort = self._content(topic, place)
-            variant = topic.variants.get(sort)
-            if variant is None:
-                variant = topic.variants[sort] = self._encoded(topic, content)
-            topic.variants[place] = variant
+            variant = topic.variants[place] = self._encoded(topic, self._content(topic, place))
         return variant
 
     def _encoded(self, topic: Topic, content: Content | None) -> Variant:
@@ -169,31 +217,33 @@ class Views:
         for other in topic.variants.values():
             if other.version == version:
                 return other
-        return Variant(version, frame(Update(topic.key, version, data)))
+        empty = content is None
+        plain = empty or (isinstance(content, PodView) and not content.identity)
+        return Variant(version, frame(Update(topic.key, version, data)), empty, plain)
 
-    def _content(self, topic: Topic, place: Place) -> tuple[Content | None, Place]:
-        """The content, and the part of the place that it depends on."""
+    def _scope(self, topic: Topic) -> _Scope:
+        """The parts of a place that the contents depend on. Also notes the services."""
         kind, _, name = topic.key.partition("/")
         if kind == "s":
-            namespace, _, service = name.partition("/")
-            key = (namespace, service)
+            key = _service_key(name)
             self._depend_on(topic, (key,))
             entry = self._catalog.services.get(key)
-            return self._service(entry, place)
+            return _scope_of(entry) if entry is not None else _EVERYWHERE
         owner = self._catalog.owner(name)
         if owner is not None:
             self._depend_on(topic, (owner.key,))
-            return self._service(owner, place)
+            return _scope_of(owner)
         listed = list(self._catalog.listing(name))
         self._depend_on(topic, [entry.key for entry in listed])
-        return self._pod(name, listed, place)
+        outside = any(endpoint.outside for _, endpoint in _at(name, listed))
+        return _Scope(namespace=outside or name in self._catalog.unknown)
 
-    def _seen_from(self, topic: Topic, place: Place) -> Place:
-        """The part of a place that a content of this topic may depend on."""
+    def _content(self, topic: Topic, place: Place) -> Content | None:
         kind, _, name = topic.key.partition("/")
-        if kind == "a" and self._catalog.owner(name) is None:
-            return Place(namespace=place.namespace)
-        return Place(place.node, place.zone)
+        if kind == "s":
+            return self._service(self._catalog.services.get(_service_key(name)), place)
+        owner = self._catalog.owner(name)
+        return self._service(owner, place) if owner is not None else self._pod(name, place)
 
     def _depend_on(self, topic: Topic, keys: Iterable[Key]) -> None:
         for key in topic.services:
@@ -207,44 +257,46 @@ class Views:
             self._dependents.setdefault(key, {})[topic] = None
 
     @staticmethod
-    def _service(entry: ServiceEntry | None, place: Place) -> tuple[Content | None, Place]:
-        if entry is None or not entry.ports:
-            return None, Place()
-        sort = relevant(entry, place)
-        return service_view(entry, sort), sort
+    def _service(entry: ServiceEntry | None, place: Place) -> ServiceView | None:
+        return service_view(entry, place) if entry is not None and entry.ports else None
 
-    def _pod(
-        self, address: str, listed: Sequence[ServiceEntry], place: Place
-    ) -> tuple[PodView | UnknownView | None, Place]:
+    def _pod(self, address: str, place: Place) -> PodView | UnknownView | None:
         namespace = place.namespace
         pod = self._catalog.pods.get(address)
         unknown = self._catalog.unknown.get(address)
-        every = [
-            (entry, endpoint)
-            for entry in listed
-            for endpoint in entry.endpoints
-            if endpoint.address == address
-        ]
-        found = [
-            (entry, endpoint)
-            for entry, endpoint in every
-            if not endpoint.outside or entry.key[0] == namespace
-        ]
-        same_for_all = len(every) == len(found) and not any(end.outside for _, end in every)
-        sort = Place() if same_for_all and unknown is None else place
         if unknown is not None:
             here = namespace in unknown.pending or namespace in unknown.refused
             if here or unknown.everywhere:
                 soon = bool(unknown.pending) and namespace not in unknown.refused
-                return UnknownView(pending=soon), sort
+                return UnknownView(pending=soon)
+        found = [
+            (entry, endpoint)
+            for entry, endpoint in _at(address, self._catalog.listing(address))
+            if not endpoint.outside or entry.key[0] == namespace
+        ]
         if pod is None and not found:
-            return None, sort
+            return None
         known = pod or found[0][1]
         identity = str(known.identity) if known.identity is not None else ""
         ports = tuple(_pod_ports(found))
         skipped = tuple(sorted(known.skip_ports)) if identity else ()
         vouched = pod is not None or not found[0][1].outside
-        return PodView(address, identity, skipped, known.zone, ports, vouched), sort
+        return PodView(address, identity, skipped, known.zone, ports, vouched)
+
+
+def _service_key(name: str) -> Key:
+    namespace, _, service = name.partition("/")
+    return namespace, service
+
+
+def _at(
+    address: str, listed: Iterable[ServiceEntry]
+) -> Iterator[tuple[ServiceEntry, EndpointEntry]]:
+    """The endpoints with this address."""
+    for entry in listed:
+        endpoint = entry.endpoint(address)
+        if endpoint is not None:
+            yield entry, endpoint
 
 
 def _check(key: str) -> None:
@@ -256,13 +308,14 @@ def _check(key: str) -> None:
         raise ValueError(f"{key!r} is not a key")
 
 
-def relevant(entry: ServiceEntry, place: Place) -> Place:
-    """The part of a place that decides which endpoints of a service may be used there."""
+def _scope_of(entry: ServiceEntry) -> _Scope:
+    """What decides which endpoints of a service may be used."""
     if entry.local:
-        return Place(place.node)
-    node = place.node if any(endpoint.nodes for endpoint in entry.endpoints) else ""
-    zone = place.zone if any(endpoint.zones for endpoint in entry.endpoints) else ""
-    return Place(node, zone)
+        return _Scope(node=True)
+    return _Scope(
+        any(endpoint.nodes for endpoint in entry.endpoints),
+        any(endpoint.zones for endpoint in entry.endpoints),
+    )
 
 
 def service_view(entry: ServiceEntry, place: Place) -> ServiceView:

@@ -6,6 +6,8 @@
                            addresses whose identity is unknown
     judge.py               which identity is expected at an endpoint's address
     resolve.py             a service and its slices -> its entry
+    index.py               keys by their addresses
+    pod_networks.py        the networks in which nothing but pods and services has addresses
     catalog.py             all facts; recomputes the entries that a changed fact affects
     usable_endpoints.py    which endpoints of an entry a client may use, by its node and zone
     directory_document.py  entries -> the document of a directory file

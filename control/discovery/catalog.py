@@ -22,50 +22,28 @@ fail only in networks where nothing but pods has addresses. Otherwise a tenant c
 address, by a slice that names a pod that does not exist. These networks are the cluster's networks
 as configured. If none are configured, they are the networks of known pods: /24 for IPv4, /64 for
 IPv6.
+
+A slice may also name the next pod at the address of a pod without a sidecar that is gone already.
+Then the address is unknown for clients of the slice's namespace, and for all others only if it is
+also that of the pod.
 """
 
 from __future__ import annotations
 
 import functools
-import ipaddress
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from control.contract import SpiffeId, SpiffeIdError, check_trust_domain
 from control.discovery.entries import PodEntry, ServiceEntry, UnknownEntry
 from control.discovery.facts import PodFact, ServiceFact, SliceFact, Target
+from control.discovery.index import Index
+from control.discovery.pod_networks import PodNetworks
 from control.discovery.resolve import resolve
 from control.kube.resources import Key
 
 K = TypeVar("K")
-
-
-class Index(Generic[K]):
-    """Which keys have an address. It is nearly always one key."""
-
-    __slots__ = ("_of",)
-
-    def __init__(self) -> None:
-        self._of: dict[str, tuple[K, ...]] = {}
-
-    def move(self, key: K, before: Iterable[str], after: Iterable[str]) -> set[str]:
-        """Replace the addresses of `key`. Returns the addresses that were added or removed."""
-        old, new = set(before), set(after)
-        for address in old - new:
-            left = tuple(other for other in self._of[address] if other != key)
-            if left:
-                self._of[address] = left
-            else:
-                del self._of[address]
-        for address in new - old:
-            self._of[address] = (*self._of.get(address, ()), key)
-        return old ^ new
-
-    def at(self, address: str) -> tuple[K, ...]:
-        """The keys that have `address`."""
-        return self._of.get(address, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +61,9 @@ class Changes:
 
 class Catalog:
     """Holds all facts and entries. `services`, `pods` and `unknown` are the entries as of the last
-    `flush`. `problems`: what is wrong with services, as texts for people. `networks`: of the pods
-    and services of the cluster, as CIDR; empty: they are not configured.
+    `flush`. `meshed`: how many of `pods` have an identity. `problems`: what is wrong with services,
+    as texts for people. `networks`: of the pods and services of the cluster, as CIDR; empty: they
+    are not configured.
     """
 
     def __init__(self, trust_domain: str, networks: Sequence[str] = ()) -> None:
@@ -93,6 +72,7 @@ class Catalog:
         check_trust_domain(trust_domain)
         self.services: dict[Key, ServiceEntry] = {}
         self.pods: dict[str, PodEntry] = {}
+        self.meshed = 0
         self.unknown: dict[str, UnknownEntry] = {}
         self.problems: dict[Key, tuple[str, ...]] = {}
         self.identity = functools.lru_cache(maxsize=4096)(
@@ -127,13 +107,20 @@ class Catalog:
         self._externals: dict[tuple[str, str], SpiffeId | None] = {}
         # `_targets`, during a flush
         self._targets_of: dict[Key, dict[str, list[Target | None]]] = {}
-        self._networks = [ipaddress.ip_network(network) for network in networks]
-        self._subnets: Counter[str] = Counter()  # of the addresses of pods
+        self._networks = PodNetworks(networks)
 
     @property
     def stale(self) -> bool:
         """Whether `flush` has something to do."""
         return bool(self._stale or self._moved or self._touched)
+
+    def is_settling(self, address: str) -> bool:
+        """Whether the next `flush` may change what is known about an address."""
+        return address in self._touched or address in self._moved
+
+    def is_settling_service(self, key: Key) -> bool:
+        """Whether the next `flush` may change what is known about a service."""
+        return key in self._stale
 
     # Facts that come, change or go (None). The old value is looked up here.
 
@@ -189,7 +176,8 @@ class Catalog:
         self._stale.update(dict.fromkeys(self._misnamed.at("/".join(key))))
         self._holders.move(key, _held(before), _held(fact))
         self._hosts.move(key, _held(before, host=True), _held(fact, host=True))
-        self._count_subnets(_held(before), _held(fact))
+        for address in self._networks.move(_held(before), _held(fact)):
+            self._touch(address)
         for part in (before, fact):
             for address in part.ips if part is not None else ():
                 self._touch(address)
@@ -217,21 +205,6 @@ class Catalog:
         for address in _addresses(part):
             self._touch(address)
 
-    def _count_subnets(self, before: Iterable[str], after: Iterable[str]) -> None:
-        counts = self._subnets
-        changed: set[str] = set()
-        for subnet in map(_subnet, after):
-            counts[subnet] += 1
-            if counts[subnet] == 1:
-                changed.add(subnet)
-        for subnet in map(_subnet, before):
-            counts[subnet] -= 1
-            if not counts[subnet]:
-                del counts[subnet]
-                changed.add(subnet)
-        if changed:
-            self._touched.update((a, None) for a in self.unknown if _subnet(a) in changed)
-
     # Entries
 
     def flush(self) -> Changes:
@@ -257,12 +230,14 @@ class Catalog:
             pod = self._pod_entry(address)
             if pod != self.pods.get(address):
                 changes.pods[address] = pod
-                _swap(self.pods, address, pod)
+                was = _swap(self.pods, address, pod)
+                self.meshed += _is_meshed(pod) - _is_meshed(was)
         for address in {**touched, **moved}:
             unknown = self._unknown_entry(address)
             if unknown != self.unknown.get(address):
                 changes.unknown[address] = unknown
                 _swap(self.unknown, address, unknown)
+                self._networks.note_unknown(address, unknown=unknown is not None)
         self._externals.clear()
         self._targets_of.clear()
         return changes
@@ -297,9 +272,11 @@ class Catalog:
 
     def _pod_entry(self, address: str) -> PodEntry | None:
         holder = self.holder(address)
-        if holder is None or not holder[1].meshed:
+        if holder is None:
             return None
         (namespace, _), pod = holder
+        if not pod.meshed:
+            return PodEntry(address, None, _NO_PORTS, self.zone(pod.node), pod.node)
         identity = self.identity(namespace, pod.account)
         return (
             None
@@ -310,8 +287,10 @@ class Catalog:
     def _unknown_entry(self, address: str) -> UnknownEntry | None:
         holder = self.holder(address)
         if holder is not None:
-            (namespace, _), pod = holder
-            if not pod.meshed or self.identity(namespace, pod.account) is not None:
+            (namespace, name), pod = holder
+            if not pod.meshed:
+                return self._successor(address, (namespace, name, pod.uid))
+            if self.identity(namespace, pod.account) is not None:
                 return None
             return UnknownEntry(_NOWHERE, frozenset((namespace,)), everywhere=True)
         if self.is_cluster_address(address):
@@ -337,8 +316,22 @@ class Catalog:
                     pending.add(namespace)
         if not pending and not refused:
             return None
-        named = bool(pending) and self._is_of_pods(address)
+        named = bool(pending) and self._networks.covers(address)
         return UnknownEntry(frozenset(pending), frozenset(refused), everywhere=named)
+
+    def _successor(self, address: str, holder: Target) -> UnknownEntry | None:
+        """Slices name another pod than `holder`, which has the address and no sidecar."""
+        pending = {
+            part[0]
+            for part in self._listed.at(address)
+            for target in self._targets(part)[address]
+            if target is not None
+            and target[0] == part[0]
+            and (target[:2] != holder[:2] or target[2] not in ("", holder[2]))
+        }
+        if not pending:
+            return None
+        return UnknownEntry(frozenset(pending), _NOWHERE, everywhere=holder[0] in pending)
 
     def _targets(self, part: Key) -> dict[str, list[Target | None]]:
         """The pods that a slice names at each of its addresses."""
@@ -348,13 +341,6 @@ class Catalog:
             for endpoint in self._slices[part].endpoints:
                 found.setdefault(endpoint.address, []).append(endpoint.target)
         return found
-
-    def _is_of_pods(self, address: str) -> bool:
-        """Whether nothing but pods has addresses like this one."""
-        if not self._networks:
-            return _subnet(address) in self._subnets
-        literal = ipaddress.ip_address(address)
-        return any(literal in network for network in self._networks)
 
     def _owner(self, address: str) -> Key | None:
         """The service that has this cluster address. If several have it, the newest one."""
@@ -442,16 +428,11 @@ def _identity(trust_domain: str, namespace: str, account: str) -> SpiffeId | Non
 
 
 _NOWHERE: frozenset[str] = frozenset()
+_NO_PORTS: frozenset[int] = frozenset()
 
 
-def _subnet(address: str) -> str:
-    """The network in which pods have addresses, if one of them has this one."""
-    return _subnet6(address) if ":" in address else address.rpartition(".")[0]
-
-
-@functools.lru_cache(maxsize=65536)
-def _subnet6(address: str) -> str:
-    return str(ipaddress.ip_network(f"{address}/64", strict=False))
+def _is_meshed(pod: PodEntry | None) -> bool:
+    return pod is not None and pod.identity is not None
 
 
 V = TypeVar("V")

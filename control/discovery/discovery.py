@@ -82,9 +82,11 @@ class Discovery:
         self.catalog = catalog
         self.ready = trio.Event()  # set after the first report, which has everything
         self.on_current: Callable[[], None] = lambda: None  # `is_current` is true again
+        self.on_flush: Callable[[], None] = lambda: None  # after each, also without changes
         self._on_changes = on_changes
         self._rules = rules or DiscoveryRules()
         self._stale = trio.Event()
+        self._said_current = True  # since `is_current` was false
         self.reflectors: Sequence[Reflector[Any, Any]] = (
             Reflector(client, NODES, node_zone, self._observer(self._node)),
             Reflector(client, PODS, pod_fact, self._observer(catalog.pod), RUNNING),
@@ -108,10 +110,12 @@ class Discovery:
     def is_current(self) -> bool:
         """Whether what is not known does not exist."""
         caught_up = trio.current_time() - self._rules.max_delay - _CATCH_UP
-        return all(
+        current = all(
             reflector.failing_since is None and reflector.works_since <= caught_up
             for reflector in self.reflectors
         )
+        self._said_current = self._said_current and current
+        return current
 
     def outage(self) -> str:
         """What has failed for longer than `max_outage`, as text for people; "": nothing."""
@@ -123,13 +127,11 @@ class Discovery:
         )
 
     async def _watch_outages(self) -> None:
-        was = True
         while True:
             await trio.sleep(_CHECK)
-            now = self.is_current()
-            if now and not was:
+            if self.is_current() and not self._said_current:
+                self._said_current = True
                 self.on_current()
-            was = now
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -144,7 +146,7 @@ class Discovery:
             _log.info(
                 "discovery is complete: %d services, %d addresses of pods with a sidecar",
                 len(catalog.services),
-                len(catalog.pods),
+                catalog.meshed,
             )
             nursery.start_soon(self._watch_outages)
             while True:
@@ -165,3 +167,4 @@ class Discovery:
         changes = self.catalog.flush()
         if changes:
             self._on_changes(changes)
+        self.on_flush()

@@ -3,6 +3,9 @@ addresses whose identity is unknown."""
 
 from __future__ import annotations
 
+import bisect
+import operator
+
 import msgspec
 
 from control.contract import Hint, SpiffeId
@@ -46,8 +49,8 @@ class PortEntry(Entry, frozen=True):
 
 class ServiceEntry(Entry, frozen=True):
     """A service. Names and addresses are reused: it is the same service only while `uid` is the
-    same. `local`: clients may use only endpoints on their own node. `exported`: clients of other
-    clusters may use it.
+    same. `endpoints` are sorted by their addresses, which differ. `local`: clients may use only
+    endpoints on their own node. `exported`: clients of other clusters may use it.
     """
 
     key: Key
@@ -58,12 +61,21 @@ class ServiceEntry(Entry, frozen=True):
     local: bool = False
     exported: bool = False
 
+    def endpoint(self, address: str) -> EndpointEntry | None:
+        """The endpoint with this address."""
+        at = bisect.bisect_left(self.endpoints, address, key=_address)
+        found = self.endpoints[at] if at < len(self.endpoints) else None
+        return found if found is not None and found.address == address else None
+
+
+_address = operator.attrgetter("address")
+
 
 class PodEntry(Entry, frozen=True):
-    """A meshed pod, at one of its addresses."""
+    """A pod, at one of its addresses. `identity` None: it has no sidecar."""
 
     address: str
-    identity: SpiffeId
+    identity: SpiffeId | None
     skip_ports: frozenset[int]
     zone: str = ""
     node: str = ""
@@ -73,9 +85,9 @@ class UnknownEntry(Entry, frozen=True):
     """An address at which an identity may be expected, but it is not known which one. Connections
     to it must fail.
 
-    `pending`: the namespaces whose slices name a pod there that is not known yet. `refused`: the
-    namespaces whose services expect an identity there that cannot be told. It holds for clients of
-    these namespaces. `everywhere`: for all clients.
+    `pending`: the namespaces whose slices name a pod there that is not known yet, or not at this
+    address. `refused`: the namespaces whose services expect an identity there that cannot be told.
+    It holds for clients of these namespaces. `everywhere`: for all clients.
     """
 
     pending: frozenset[str]

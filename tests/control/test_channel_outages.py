@@ -12,6 +12,7 @@ import trio
 
 from control.channel.server import Channel
 from control.contract import SpiffeId
+from control.discovery.catalog import Catalog
 from control.discovery.facts import pod_fact
 from control.kube.objects import Pod
 from proxy.directory import UNANSWERED
@@ -68,6 +69,7 @@ def known(source: ControlSource, host: str) -> object:
 async def test_a_replica_that_is_cut_off_answers_only_what_it_knows(workshop: Workshop) -> None:
     plain = msgspec.convert(pod("plain", "10.1.0.7", meshed=False), Pod)
     workshop.catalog.pod(("shop", "plain"), pod_fact(plain))
+    Catalog.flush(workshop.catalog)
     async with workshop.control() as (channel, port):
         cut = Cut(channel)
         stream = await workshop.peer(port, workshop.identity(WEB))

@@ -280,3 +280,42 @@ def test_the_final_state_is_that_of_a_fresh_list(
     steps: list[tuple[str, Any]],
 ) -> None:
     trio.run(play, steps, clock=MockClock(autojump_threshold=0))
+
+
+async def test_an_outage_that_ends_between_two_checks_is_reported_too(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
+    """An answer may have been withheld in it."""
+    store(server, *ONE)
+    stage = Stage(server)
+    again: list[bool] = []
+    stage.discovery.on_current = lambda: again.append(True)
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    await trio.sleep(2)
+    assert stage.discovery.is_current()
+    pods = stage.discovery.reflectors[1]
+    pods.failing_since = trio.current_time()
+    assert not stage.discovery.is_current()
+    pods.failing_since = None
+    await trio.sleep(1)
+    assert again == [True]
+
+
+async def test_each_flush_is_reported_also_without_changes(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
+    store(server, *ONE)
+    stage = Stage(server)
+    flushes: list[float] = []
+    stage.discovery.on_flush = lambda: flushes.append(trio.current_time())
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    assert len(flushes) == len(stage.reports) == 1
+    await trio.sleep(1)
+    late = pod("late", "10.2.0.1")
+    store(server, late)
+    remove(server, late)
+    await trio.sleep(1)
+    assert len(flushes) == 2
+    assert len(stage.reports) == 1

@@ -622,11 +622,13 @@ def test_a_pods_address_is_known_without_any_service() -> None:
     assert cluster.flush().pods == {
         address: PodEntry(address, identity("web"), frozenset({4191}), "", "node-1")
         for address in ("10.1.0.1", "fd00::1")
-    }
+    } | {"10.1.0.2": PodEntry("10.1.0.2", None, frozenset(), "", "node-1")}
+    assert cluster.catalog.meshed == 2
     assert cluster.remove(pod("a", "10.1.0.1", "fd00::1")).flush().pods == {
         "10.1.0.1": None,
         "fd00::1": None,
     }
+    assert cluster.catalog.meshed == 0
 
 
 def test_no_identity_is_expected_on_ports_that_are_not_redirected() -> None:
@@ -670,7 +672,9 @@ def test_a_list_of_ports_that_cannot_be_read_skips_none(text: str) -> None:
 def test_an_unknown_mark_does_not_mean_clear_text(mark: str, meshed: bool) -> None:
     marked = pod("a", "10.1.0.1")
     marked["metadata"]["labels"] = {"isthmus.dev/meshed": mark}
-    assert ("10.1.0.1" in Cluster().put(marked).flush().pods) is meshed
+    entry = Cluster().put(marked).flush().pods["10.1.0.1"]
+    assert entry is not None
+    assert (entry.identity is not None) is meshed
 
 
 def test_a_pod_of_the_host_network_is_not_meshed_whatever_it_says() -> None:

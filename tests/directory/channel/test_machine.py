@@ -134,6 +134,16 @@ class Machine(RuleBasedStateMachine):
         if current and not was:
             self.views.answer_withheld()
 
+    @rule(pod=st.sampled_from(PODS))
+    def hear(self, pod: str) -> None:
+        """Discovery has a new fact, which is not in its entries yet."""
+        self.catalog._touched[pod] = None
+
+    @rule()
+    def flush(self) -> None:
+        self.catalog._touched.clear()
+        self.views.answer_settled()
+
     def tidy(self) -> None:
         self.assembly.drop(self.proxy.dropped)
         for key in self.proxy.dropped:
@@ -195,6 +205,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self) -> None:
         """Everything arrives, and both ends agree."""
         self.cut_off(current=True)
+        self.flush()
         if self.session is None:
             self.replace_views()
             self.connect()
@@ -221,6 +232,7 @@ class Machine(RuleBasedStateMachine):
         followed = set(self.session._followed) if self.session is not None else set()
         assert set(self.views.topics) == followed
         assert {topic.key for topic in self.views._withheld} <= followed
+        assert {topic.key for topic in self.views._settling} <= followed
         assert {t.key for topics in self.views._dependents.values() for t in topics} <= followed
 
     def teardown(self) -> None:
@@ -232,7 +244,7 @@ class Machine(RuleBasedStateMachine):
             if not entry.sent:
                 continue
             topic = fresh.follow(key, _Nobody())
-            content, _ = fresh._content(topic, Place())
+            content = fresh._content(topic, Place())
             assert entry.version == fresh.variant(topic, Place()).version
             assert self.known[key] == content
         self.compare_snapshot(fresh)
@@ -272,6 +284,16 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+def play_discovery(machine: Machine, chance: random.Random) -> None:
+    match chance.choice(("cut", "hear", "flush")):
+        case "cut":
+            machine.cut_off(chance.random() < 0.5)
+        case "hear":
+            machine.hear(chance.choice(PODS))
+        case "flush":
+            machine.flush()
+
+
 def play(machine: Machine, chance: random.Random) -> None:
     """One step."""
     match chance.choice(STEPS):
@@ -291,8 +313,8 @@ def play(machine: Machine, chance: random.Random) -> None:
             machine.expire()
         case "retry":
             machine.retry()
-        case "cut":
-            machine.cut_off(chance.random() < 0.5)
+        case "discovery":
+            play_discovery(machine, chance)
         case "restart" if chance.random() < 0.3:
             machine.restart(chance.choice((2, MOST, 9)))
         case "there":
@@ -308,7 +330,7 @@ def play(machine: Machine, chance: random.Random) -> None:
 
 STEPS = (
     "service", "remove", "pod", "use", "release", "expire", "restart", "there", "back", "settle",
-    "retry", "cut",
+    "retry", "discovery",
 )  # fmt: skip
 
 
