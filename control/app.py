@@ -239,6 +239,8 @@ class Control:
         _log.info(
             "new certificate or trust roots in use: valid until %s", identity.not_after.isoformat()
         )
+        if self.channel is not None:
+            self.channel.check_trust()
 
     def _broken(self, error: Exception) -> None:
         _log.error("cannot use the changed certificate, key or roots: %s", error)

@@ -2,10 +2,11 @@
 
 Each connection has two tasks. One reads messages; the other sends what has changed. A connection
 ends when the proxy violates the protocol, is silent for three heartbeats, or reads nothing for
-`write_timeout`. If a proxy asks for too many entries, its messages are read later. A connection
-also ends after `max_age` (varied at random), and when the proxy's certificate expires: the proxy
-returns at once, and loses nothing. So the proxies spread over the replicas again after one of them
-was restarted, and a proxy whose certificate is not renewed is not served.
+`write_timeout`. If a proxy asks for too many entries, or sends too many messages, its messages are
+read later. A connection also ends after `max_age` (varied at random), and when the proxy's
+certificate expires: the proxy returns at once, and loses nothing. So the proxies spread over the
+replicas again after one of them was restarted, and a proxy whose certificate is not renewed is not
+served. It ends at once when the trust root of the proxy's certificate is removed.
 
 Only clients with a certificate of the trust domain are accepted. Where a proxy runs is what
 discovery knows of the pod at its address, if that pod has the identity of the certificate.
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import trio
 
@@ -93,8 +94,8 @@ class ChannelLimits(Section, frozen=True):
         number(
             1,
             1_000_000,
-            "entries that one connection may ask for in a second, after `max_subscriptions` at"
-            " once; above: the replica reads its messages later",
+            "entries that one connection may ask for in a second, and other messages, after"
+            " `max_subscriptions` at once; above: the replica reads its messages later",
         ),
     ] = 200
     max_message_bytes: Annotated[
@@ -174,10 +175,20 @@ class Channel:
         self._identities: Counter[str] = Counter()
         self._proxies: Counter[tuple[str, str]] = Counter()  # by identity and address
         self._open: set[Session] = set()
+        self._links: set[_Link] = set()
 
     def changed(self, changes: Changes) -> None:
         """Discovery has new entries."""
         self.views.changed(changes)
+
+    def check_trust(self) -> None:
+        """The trust roots may have changed. Ends the connections whose root is gone."""
+        for link in self._links:
+            self._check_trust(link)
+
+    def _check_trust(self, link: _Link) -> None:
+        if link.stream.info.peer_root not in self._identity.roots:
+            link.trusted.cancel()
 
     @property
     def connections(self) -> int:
@@ -244,10 +255,17 @@ class Channel:
         self._proxies[proxy] += 1
         self.counts.accepted += 1
         session = Session(self.views, self.limits.max_subscriptions, self.limits.max_message_bytes)
+        link = _Link(self, stream, session, peer)
         self._open.add(session)
+        self._links.add(link)
+        # A root may have been removed during the handshake, after the chain was checked.
+        self._check_trust(link)
         try:
-            await _Link(self, stream, session, peer).run()
+            with link.trusted:
+                await link.run()
+            raise Ended("identity", "the trust root of the proxy's certificate was removed")
         finally:
+            self._links.discard(link)
             self._open.discard(session)
             session.close()
             self.counts.updates += session.updates
@@ -290,13 +308,15 @@ def _count_down(counts: Counter[T], key: T) -> None:
 
 
 class _Link:
-    """One connection."""
+    """One connection. The caller runs `run` in `trusted`, and cancels it when the trust root is
+    gone."""
 
     def __init__(self, channel: Channel, stream: TLSStream, session: Session, peer: str) -> None:
         self._channel = channel
-        self._stream = stream
+        self.stream = stream
         self._session = session
         self._peer = peer
+        self.trusted = trio.CancelScope()
         self._wake = trio.Event()
         self._end: Exception | None = None
         self._allowance = float(channel.limits.max_subscriptions)  # entries that it may ask for
@@ -306,7 +326,7 @@ class _Link:
     def _notify(self) -> None:
         self._wake.set()
 
-    async def run(self) -> None:
+    async def run(self) -> NoReturn:
         """Serve until it ends. Raises the reason."""
         frames = Frames(MOST_FROM_PROXY)
         session = self._session
@@ -315,7 +335,7 @@ class _Link:
                 await self._receive(frames)
         if session.hello is None:
             raise Ended("timeout", "no Hello in time (channel.handshake_timeout)")
-        host = self._stream.peer.host
+        host = self.stream.peer.host
         session.place = self._channel.place(host, self._peer, session.hello)
         _log.debug("%s at %s is at %s", self._peer, host, session.place)
         await self._send(frame(self._channel.welcome()))
@@ -325,12 +345,12 @@ class _Link:
             await self._until_failure(nursery.cancel_scope, lambda: self._read(frames))
         if self._end is not None:
             raise self._end
-        await self._channel.say_goodbye(self._stream, "it is time to connect again")
+        await self._channel.say_goodbye(self.stream, "it is time to connect again")
         raise Ended("age", "the connection is old")
 
     def _lifetime(self) -> float:
         age = self._channel.limits.max_age * (0.75 + self._channel.chance.random() / 2)
-        return max(0.0, min(age, self._stream.info.peer_not_after - time.time()))
+        return max(0.0, min(age, self.stream.info.peer_not_after - time.time()))
 
     async def _until_failure(
         self, scope: trio.CancelScope, half: Callable[[], Awaitable[None]]
@@ -360,14 +380,13 @@ class _Link:
             await trio.sleep(-self._allowance / limits.max_subscribe_rate)
 
     async def _receive(self, frames: Frames) -> None:
-        data = await self._stream.receive_some()
+        data = await self.stream.receive_some()
         if not data:
             raise Ended("closed", "the proxy has closed the connection")
         for part in frames.feed(data):
             message = from_proxy(part)
             self._session.received(message)
-            if isinstance(message, Subscribe):
-                self._allowance -= len(message.entries)
+            self._allowance -= len(message.entries) if isinstance(message, Subscribe) else 1
 
     async def _write(self) -> None:
         while True:
@@ -383,6 +402,6 @@ class _Link:
 
     async def _send(self, data: bytes) -> None:
         with trio.move_on_after(self._channel.limits.write_timeout):
-            await self._stream.send_all(data)
+            await self.stream.send_all(data)
             return
         raise Ended("slow", "the proxy does not read (channel.write_timeout)")

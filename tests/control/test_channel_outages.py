@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from proxy.directory import UNANSWERED
 from proxy.directory.channel.messages import (
     Current,
     Hello,
+    Ping,
     Refused,
     Subscribe,
     Unavailable,
@@ -29,6 +31,7 @@ from proxy.directory.channel.messages import (
 )
 from proxy.directory.channel.source import ControlSource
 from proxy.directory.channel.subscriptions import Subscriptions
+from proxy.identity.issue import make_root
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import SocketStream
@@ -251,3 +254,68 @@ def test_a_refused_entry_that_stays_in_use_is_followed_when_there_is_room() -> N
     assert state() == "known"
     asked.retry(230.0, 30.0)
     assert asked.take() == [Subscribe((("a/10.0.0.2", b"2"),))]
+
+
+async def test_messages_that_ask_for_nothing_are_read_later_too(workshop: Workshop) -> None:
+    async with workshop.control(max_subscriptions=16, max_subscribe_rate=40) as (channel, port):
+        stream = await workshop.peer(port, workshop.identity(WEB))
+        await stream.send_all(frame(Hello()))
+        await messages(stream, 1)
+        began = trio.current_time()
+        await stream.send_all(frame(Ping()) * 32)
+        await until(lambda: channel.connections, "the connection")
+        await trio.sleep(0.05)
+        await stream.send_all(frame(Subscribe((("a/10.0.0.1", b""),))))
+        await messages(stream, 1)
+        assert trio.current_time() - began > 0.35
+
+
+# Trust roots of the replica
+
+
+async def test_a_connection_ends_when_its_trust_root_is_removed(workshop: Workshop) -> None:
+    old = make_root(DOMAIN)
+    async with workshop.control(old) as (channel, port):
+        leaving = await workshop.peer(port, workshop.identity(WEB, old, of=old))
+        staying = await workshop.peer(port, workshop.identity(WEB))
+        silent = await workshop.peer(port, workshop.identity(WEB, old, of=old))  # before its Hello
+        for stream in (leaving, staying):
+            await stream.send_all(HELLO)
+            await messages(stream, 1)
+        channel.check_trust()
+        await until(lambda: channel.connections == 3, "all connections")
+        files = channel._identity.files
+        assert files is not None
+        files.roots[0].write_bytes(workshop.root.certificate_pem)
+        assert channel._identity.reload()
+        channel.check_trust()
+        assert await messages(leaving) == []
+        assert await messages(silent) == []
+        await until(lambda: channel.connections == 1, "the end of both")
+        assert channel.counts.ended == {"identity": 2}
+        await staying.send_all(frame(Subscribe((("a/10.0.0.1", b""),))))
+        assert len(await messages(staying, 1)) == 1
+
+
+async def test_a_trust_root_that_is_removed_during_a_handshake_counts(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make_root(DOMAIN)
+    async with workshop.control(old) as (channel, port):
+        identity = channel._identity
+        files = identity.files
+        assert files is not None
+        verify = identity.verify_chain
+
+        def late(*chain: Any) -> Any:
+            found = verify(*chain)
+            files.roots[0].write_bytes(workshop.root.certificate_pem)
+            identity.reload()
+            channel.check_trust()
+            return found
+
+        monkeypatch.setattr(identity, "verify_chain", late)
+        stream = await workshop.peer(port, workshop.identity(WEB, old, of=old))
+        await stream.send_all(HELLO)
+        assert await messages(stream) == []
+        assert channel.counts.ended == {"identity": 1}
