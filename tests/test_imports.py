@@ -38,7 +38,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"msgspec"},
     ),
     "proxy.enrollment": (
-        {"proxy.config", "proxy.files", "proxy.identity", "proxy.net"},
+        {"proxy.config", "proxy.files", "proxy.identity", "proxy.net", "proxy.wire"},
         {"trio", "msgspec", "h11", "cryptography"},
     ),
     "proxy.directory": (

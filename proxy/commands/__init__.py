@@ -3,6 +3,7 @@
 check.py              `isthmus check`: runs the checks, and prints their results
 checks.py             configuration, certificates, clock and directory
 check_enrollment.py   a certificate from the control plane
+check_workload_api.py an identity from a SPIFFE Workload API
 check_redirection.py  the packet filter
 check_names.py        DNS
 check_peers.py        endpoints, and gateways of other clusters

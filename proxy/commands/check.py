@@ -14,6 +14,7 @@ from proxy.commands.check_enrollment import check_enrollment
 from proxy.commands.check_names import check_names
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
+from proxy.commands.check_workload_api import check_workload_api
 from proxy.commands.checks import (
     Moment,
     Result,
@@ -32,7 +33,8 @@ Check that this pod is set up correctly, and say what is wrong and how to fix it
 
   configuration   the file and the environment are valid
   certificates    certificate, key and trust roots fit together and are valid; with
-                  `identity.source: control`, the control plane issues a certificate
+                  `identity.source: control`, the control plane issues a certificate; with
+                  `spiffe`, the Workload API has an identity
   proxy           if a proxy already runs here: it is ready
   clock           this machine's time is plausible
   directory       the directory file is valid, or the control plane answers
@@ -145,6 +147,8 @@ async def examine(args: argparse.Namespace) -> list[Result]:
     section = config.identity
     if section is not None and section.control is not None:
         found, identity = await check_enrollment(config, section, section.control, args.timeout)
+    elif section is not None and section.spiffe is not None:
+        found, identity = await check_workload_api(config, section, section.spiffe, args.timeout)
     else:
         found, identity = check_certificates(config)
     results += found

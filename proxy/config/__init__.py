@@ -12,5 +12,6 @@ traffic. proxy/settings has the mechanism.
     contradictions.py      the mistakes that only a comparison of settings shows
     load.py                file and environment -> Config, or all mistakes at once
     otel_env.py            OpenTelemetry's standard environment variables
+    endpoint_socket.py     the address of a SPIFFE Workload API
     resolv_conf.py         the resolvers of the pod
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from proxy.config.endpoint_socket import VARIABLE, socket_path
 from proxy.config.schema import Config
 from proxy.config.schema_files import ControlPlaneConfig, EnrollmentConfig, IdentityConfig
 from proxy.config.schema_tracing import TracingConfig
@@ -88,6 +89,8 @@ def _identity(section: IdentityConfig, trust_domain: str, mistakes: Mistakes) ->
             )
     if section.source != "spiffe" and not section.roots:
         mistakes.add("identity.roots", "lists no file: no peer would be trusted")
+    if section.source == "spiffe" and section.roots:
+        mistakes.add("identity.roots", "is not used with `identity.source: spiffe`")
     if section.revoked is not None and not section.end_with_certificate:
         mistakes.add(
             "identity.revoked",
@@ -101,6 +104,24 @@ def _identity(section: IdentityConfig, trust_domain: str, mistakes: Mistakes) ->
         for name in ("max_first_pause", "max_pause"):
             if getattr(control, name) < control.min_pause:
                 mistakes.add(f"identity.control.{name}", "is below identity.control.min_pause")
+    _workload_api(section, mistakes)
+
+
+def _workload_api(section: IdentityConfig, mistakes: Mistakes) -> None:
+    spiffe = section.spiffe
+    if section.source != "spiffe":
+        if spiffe is not None:
+            mistakes.add("identity.spiffe", "belongs to `identity.source: spiffe`")
+        return
+    if spiffe is None or not spiffe.socket:
+        mistakes.add("identity.spiffe.socket", f"is missing, and {VARIABLE} is not set")
+        return
+    try:
+        socket_path(spiffe.socket)
+    except ValueError as error:
+        mistakes.add("identity.spiffe.socket", str(error))
+    if spiffe.max_pause < spiffe.min_pause:
+        mistakes.add("identity.spiffe.max_pause", "is below identity.spiffe.min_pause")
 
 
 def _peer(

@@ -1,6 +1,6 @@
 """Loads the configuration of the proxy (proxy/settings/load.py). Pod settings also come from the
-variables of the downward API, and tracing settings from those of OpenTelemetry. The settings are
-defined in schema.py.
+variables of the downward API, tracing settings from those of OpenTelemetry, and the address of a
+SPIFFE Workload API from its own. The settings are defined in schema.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proxy.config import contradictions, otel_env
+from proxy.config import contradictions, endpoint_socket, otel_env
 from proxy.config.schema import Config
 from proxy.settings.document import Plain
 from proxy.settings.load import Loader
@@ -33,7 +33,7 @@ def _is_ours(name: str) -> bool:
     return (
         name.startswith((PREFIX, otel_env.PREFIX))
         or name in DOWNWARD.values()
-        or name == DOWNWARD_ADDRESSES
+        or name in (DOWNWARD_ADDRESSES, endpoint_socket.VARIABLE)
     )
 
 
@@ -60,6 +60,7 @@ def _tracing_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> N
 
 def _defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
     _pod_defaults(values, environ)
+    endpoint_socket.use_variable(values, environ)
     _tracing_defaults(values, environ)
 
 

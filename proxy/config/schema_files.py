@@ -45,6 +45,33 @@ class EnrollmentConfig(Section, frozen=True):
     ] = 120.0
 
 
+# An agent is on the same node, so pauses are short. gRPC's own limit of a message is 4 MiB.
+class WorkloadApiConfig(Section, frozen=True):
+    """With `source: spiffe`: the SPIFFE Workload API that brings certificate, key and trust
+    roots."""
+
+    socket: Annotated[
+        str | None,
+        described(
+            "address of the Workload API, `unix:///path`; without it,"
+            " `SPIFFE_ENDPOINT_SOCKET` has it",
+            120,
+        ),
+    ] = None
+    timeout: Annotated[
+        float,
+        seconds(0.1, 300, "maximum time until the first message, and for each later one to arrive"),
+    ] = 10.0
+    max_message: Annotated[
+        int, octets(16 * 1024, 64 * 1024 * 1024, "longest message of the Workload API")
+    ] = 4 * 1024 * 1024
+    min_pause: Annotated[
+        float,
+        seconds(0.01, _HOUR, "pause after a failure; doubled, and varied at random"),
+    ] = 0.5
+    max_pause: Annotated[float, seconds(0.01, _HOUR, "longest pause between two attempts")] = 10.0
+
+
 class IdentityConfig(Section, frozen=True):
     """The proxy's certificate and its trust roots. Without this section the proxy uses clear text,
     not mutual TLS.
@@ -72,6 +99,7 @@ class IdentityConfig(Section, frozen=True):
         ),
     ] = ()
     control: EnrollmentConfig | None = None
+    spiffe: WorkloadApiConfig | None = None
     revoked: Annotated[
         Path | None,
         described(

@@ -13,7 +13,8 @@ A source keeps an Identity current. Its contract:
 - It calls `changed` after each set that is now in use, and `failed` for each failure: once for a
   failure that only repeats itself without an attempt of the source.
 - It tries again by itself, without end. `run` only returns when it is cancelled. What is known
-  stays in use meanwhile, until it expires.
+  stays in use meanwhile, until it expires. Only after a refusal that the protocol declares final
+  (InvalidArgument of a Workload API) does it report once and wait.
 - Keys that it makes or receives stay in memory.
 """
 

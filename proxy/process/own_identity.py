@@ -19,6 +19,7 @@ from proxy.config.schema import Config
 from proxy.config.schema_files import IdentityConfig
 from proxy.enrollment.client import Dial
 from proxy.enrollment.control_source import ControlCredentials, Place
+from proxy.enrollment.workload_api import WorkloadCredentials
 from proxy.errors import StartError
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings
 from proxy.identity.revocation import RevocationList, Revoked
@@ -61,7 +62,9 @@ def _source(section: IdentityConfig, dial: Dial) -> CredentialSource:
         return FileSource(section.reload_interval)
     if section.control is not None:
         return ControlCredentials(section, section.control, Place(dial))
-    raise StartError(f"identity.source: {section.source} is not available in this version", 64)
+    if section.spiffe is not None:
+        return WorkloadCredentials(section.spiffe)
+    raise StartError(f"identity.{section.source} is missing", 64)
 
 
 class OwnIdentity:

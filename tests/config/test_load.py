@@ -35,6 +35,9 @@ ENROLLED = (
 )
 
 
+SPIFFE = "identity: {{source: spiffe, spiffe: {{socket: {}}}}}"
+
+
 def mistakes(tmp_path: Path, text: str, environ: dict[str, str] | None = None) -> list[str]:
     file = tmp_path / "isthmus.yaml"
     file.write_text(text)
@@ -168,6 +171,32 @@ def test_no_setting_has_a_name_that_a_service_could_take() -> None:
     ] == []
 
 
+SOCKET = {"SPIFFE_ENDPOINT_SOCKET": "unix:///run/agent.sock"}
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "address"),
+    [
+        ("identity: {source: spiffe}", {}, "unix:///run/agent.sock"),
+        ("identity: {source: spiffe, spiffe: {timeout: 1s}}", {}, "unix:///run/agent.sock"),
+        ("identity: {source: spiffe, spiffe: {socket: 'unix:/a'}}", {}, "unix:/a"),
+        ("{}", {"ISTHMUS_IDENTITY__SOURCE": "spiffe"}, "unix:///run/agent.sock"),
+    ],
+)
+def test_the_standard_variable_has_the_address_of_the_workload_api(
+    tmp_path: Path, text: str, environ: dict[str, str], address: str
+) -> None:
+    found = config(tmp_path, text, {**SOCKET, **environ})
+    assert found.identity is not None
+    assert found.identity.spiffe is not None
+    assert found.identity.spiffe.socket == address
+
+
+@pytest.mark.parametrize("text", ["{}", IDENTITY])
+def test_the_standard_variable_changes_no_other_source(tmp_path: Path, text: str) -> None:
+    assert config(tmp_path, text, SOCKET) == config(tmp_path, text)
+
+
 def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "named.yaml"
     file.write_text("cluster: east\nlog: {level: error, access: true}\n")
@@ -251,7 +280,16 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("identity: {certificate: c, key: k, roots: []}", "identity.roots"),
         ("identity: {certificate: c, roots: [r]}", "identity.key"),
         ("identity: {key: k, roots: [r]}", "identity.certificate"),
-        ("identity: {source: spiffe, key: k}", "identity.key"),
+        ("identity: {source: spiffe, key: k, spiffe: {socket: 'unix:/a'}}", "identity.key"),
+        ("identity: {source: spiffe, roots: [r], spiffe: {socket: 'unix:/a'}}", "identity.roots"),
+        ("identity: {source: spiffe}", "identity.spiffe.socket"),
+        (SPIFFE.format("tcp://10.0.0.1:8081"), "identity.spiffe.socket"),
+        (SPIFFE.format("/run/agent.sock"), "identity.spiffe.socket"),
+        (SPIFFE.format("unix://host/a"), "identity.spiffe.socket"),
+        (SPIFFE.format("'unix:///a?b'"), "identity.spiffe.socket"),
+        (SPIFFE.format("unix:///" + "a" * 107), "identity.spiffe.socket"),
+        (SPIFFE.format("unix:///a, max_pause: 100ms"), "identity.spiffe.max_pause"),
+        (IDENTITY[:-2] + ", spiffe: {}}", "identity.spiffe"),
         ("identity: {source: control, roots: [r]}", "identity.control"),
         (IDENTITY[:-2] + ", end_with_certificate: false, revoked: f}", "identity.revoked"),
         (ENROLLED.format("x", EXPECTED), "identity.control.address"),

@@ -6,8 +6,6 @@ itself, because the connections are real."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from trio.abc import Clock
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock
 
 from proxy.enrollment.client import EnrollmentFailed
 from proxy.enrollment.token import TokenUnusable
@@ -28,6 +26,7 @@ from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import SocketStream
 from tests.kit.issuing import CONTROL, DOMAIN, WEB, Issuing, write_issuer
+from tests.kit.mock_time import elapse, settled
 
 HOUR = 3600.0
 
@@ -73,23 +72,6 @@ class Proxy:
 
     def _failed(self, error: Exception) -> None:
         self.failures.append(str(error))
-
-
-async def settled(done: Callable[[], object]) -> None:
-    """Wait until `done` is true. The mock clock stands still meanwhile."""
-    for _ in range(2000):
-        if done():
-            return
-        await wait_all_tasks_blocked(0.002)
-    raise AssertionError("not reached")
-
-
-async def elapse(clock: Clock, seconds: float, step: float = 60.0) -> None:
-    """Move the clock in steps. Between them all tasks run until they wait, also for sockets."""
-    assert isinstance(clock, MockClock)
-    for _ in range(math.ceil(seconds / step)):
-        clock.jump(step)
-        await wait_all_tasks_blocked(0.002)
 
 
 def wall(issuing: Issuing, clock: Clock) -> None:
