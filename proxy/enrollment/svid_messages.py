@@ -78,11 +78,11 @@ def _read(message: bytes) -> Svid:
     for number, value in fields(svids[0]):
         if number <= 5:
             parts[number] = octets(number, value)
-    for number, what in ((2, "certificate"), (3, "key"), (4, "trust root")):
+    for number, what in ((1, "SPIFFE ID"), (2, "certificate"), (3, "key"), (4, "trust root")):
         if not parts.get(number):
             raise InvalidSvid(f"its first SVID has no {what}")
     return Svid(
-        text(1, parts.get(1, b"")),
+        text(1, parts[1]),
         _certificates(parts[2], "certificate chain"),
         _pem("PRIVATE KEY", _only(parts[3])),
         _certificates(parts[4], "bundle"),

@@ -13,7 +13,7 @@ reports it and connects again after a pause that doubles and is varied at random
 with a short pause after a connection that lasted longer than the longest one. What is known stays
 in use. There are two exceptions. An agent without FetchX509Bundles (Unimplemented) is used
 with the other call. After InvalidArgument the proxy does not ask again, because the specification
-says so: the same request would fail again.
+recommends that: the same request would fail again.
 """
 
 from __future__ import annotations

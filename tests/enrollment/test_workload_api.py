@@ -251,6 +251,21 @@ async def test_an_agent_that_is_away_changes_nothing_and_its_return_is_noticed(
     nursery.cancel_scope.cancel()
 
 
+async def test_a_process_that_is_denied_later_keeps_its_certificate(
+    agent: WorkloadApi, nursery: trio.Nursery
+) -> None:
+    agent.start()
+    proxy = Proxy(agent.address)
+    nursery.start_soon(proxy.run)
+    await settled(lambda: proxy.identity.known)
+    before = proxy.identity.certificate
+    agent.answer(DENIED)
+    await settled(lambda: proxy.failures)
+    assert (proxy.changes, proxy.identity.certificate) == (1, before)
+    assert proxy.identity.validity_problem() is None
+    nursery.cancel_scope.cancel()
+
+
 async def test_an_invalid_argument_ends_the_attempts(
     agent: WorkloadApi, nursery: trio.Nursery, clock: Clock
 ) -> None:
