@@ -71,7 +71,7 @@ class HttpConfig(Section, frozen=True):
             0.1,
             300,
             "how long the proxy reads and discards the rest of a request that was answered early;"
-            " above 1 MiB: at 4 MiB/s",
+            " above 1 MiB: at 4 MiB/s; it stops when nothing has arrived for 2 s",
         ),
     ] = 10.0
     response_timeout: Annotated[
