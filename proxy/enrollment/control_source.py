@@ -73,6 +73,7 @@ class ControlCredentials:
         self._own: tuple[bytes, bytes] | None = None  # chain and key, in PEM
         self._digest = b""  # of the credentials in use
         self._wake = trio.Event()  # the certificate at hand does not fit the roots
+        self._seen: tuple[object, ...] = ()  # signatures of the root files that were compared
 
     async def run(self, identity: Identity, changed: Changed, failed: Failed) -> None:
         """See CredentialSource."""
@@ -83,6 +84,7 @@ class ControlCredentials:
                 asked = 0.0
                 try:
                     self._use(identity, await self.enroll(), changed)
+                    self._seen = ()  # the roots may have changed meanwhile
                 except EnrollmentFailed as error:
                     asked = error.retry_after
                     failed(error)
@@ -100,8 +102,7 @@ class ControlCredentials:
     async def enroll(self) -> Contents:
         """Ask once for a certificate of a new key. Raises EnrollmentFailed, TokenUnusable, and
         MaterialError if the trust roots are not usable."""
-        parts = self._read_roots()
-        roots = parse_roots(self._paths, parts, self._clock())
+        roots = parse_roots(self._paths, self._read_roots(), self._clock())
         token, claims = usable_token(self._settings.token, self._clock())
         try:
             name = SpiffeId(self._trust_domain, *claims.account)
@@ -110,7 +111,8 @@ class ControlCredentials:
         key = make_key()
         request = make_request(key, name).decode()
         chain = await self._enroller.ask(Ask(token, request), roots)
-        return self._contents(chain.encode(), _pem(key), parts)
+        # read again: the watch may use newer roots by now
+        return self._contents(chain.encode(), _pem(key), self._read_roots())
 
     def _use(self, identity: Identity, contents: Contents, changed: Changed) -> None:
         """Use a new certificate. Raises MaterialError."""
@@ -141,12 +143,11 @@ class ControlCredentials:
 
     async def _watch_roots(self, identity: Identity, changed: Changed, failed: Failed) -> None:
         """Use changed trust roots with the certificate at hand."""
-        seen: tuple[object, ...] = ()
         settling = Settling(self._settle)
         while True:
             found = self._signatures()
-            if self._own is not None and (found != seen or settling.waiting):
-                seen = found
+            if self._own is not None and (found != self._seen or settling.waiting):
+                self._seen = found
                 try:
                     contents = self._contents(*self._own, self._read_roots())
                     if contents.digest == self._digest:

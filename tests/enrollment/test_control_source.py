@@ -39,15 +39,19 @@ def clock() -> Clock:
 
 @dataclass
 class Line:
-    """The way to the control plane, which the test can cut. `dials`: when it was tried."""
+    """The way to the control plane, which the test can cut, or hold until `open` is set. `dials`:
+    when it was tried."""
 
     up: bool = True
+    open: trio.Event | None = None
     dials: list[float] = field(default_factory=list)
 
     async def dial(self, address: Address) -> SocketStream:
         self.dials.append(trio.current_time())
         if not self.up:
             raise ConnectFailed(address, "refused", "the test has cut the line")
+        if self.open is not None:
+            await self.open.wait()
         return await Dialer().dial(address)
 
 
@@ -232,6 +236,30 @@ async def test_another_root_is_used_with_the_certificate_at_hand(
         assert proxy.identity.certificate == before
         assert set(proxy.identity.roots) == {issuing.root.certificate, new.certificate}
         assert len(line.dials) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_roots_that_change_during_a_request_are_used(
+    issuing: Issuing, nursery: trio.Nursery, clock: Clock
+) -> None:
+    wall(issuing, clock)
+    async with issuing.serving():
+        line = Line()
+        proxy = Proxy(issuing, line)
+        nursery.start_soon(proxy.run)
+        await settled(lambda: proxy.identity.known)
+        line.open = trio.Event()
+        while len(line.dials) == 1:  # until the renewal waits
+            await elapse(clock, 60.0, step=60.0)
+        new = make_root(DOMAIN)
+        issuing.roots.write_bytes(issuing.root.certificate_pem + new.certificate_pem)
+        await elapse(clock, 4.0, step=1.0)
+        await settled(lambda: proxy.changes == 2)  # the watch uses them
+        line.open.set()
+        await settled(lambda: proxy.changes == 3)
+        await elapse(clock, 30.0, step=1.0)
+        assert set(proxy.identity.roots) == {issuing.root.certificate, new.certificate}
+        assert proxy.failures == []
         nursery.cancel_scope.cancel()
 
 
