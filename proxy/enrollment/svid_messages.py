@@ -7,7 +7,7 @@ only the form.
 
 Bundles of other trust domains (federation) are understood, but the proxy does not use them: all its
 trust roots verify identities of all trust domains, so a foreign root among them could sign a name
-of ours. Their trust domains are returned, so that the log can say so.
+of our trust domain. Their trust domains are returned, so that the log can say so.
 """
 
 from __future__ import annotations

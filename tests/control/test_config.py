@@ -40,7 +40,7 @@ def test_without_a_file_and_an_environment_everything_has_a_default() -> None:
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    """A setting without effect is a mistake of ours: its name must be an attribute that the code
+    """A setting must have an effect: its name must be an attribute that the code
     of the control plane reads."""
     code = "".join(file.read_text() for file in (ROOT / "control").rglob("*.py"))
     unused = [name for name in names() if f".{name.partition('.')[2]}" not in code]
