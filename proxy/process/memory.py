@@ -170,11 +170,7 @@ class MemoryWatch:
         few = self._few_are_open()
         if used < self._peak - _FREED or (self._postponed and few):
             self._pause = _INTERVAL
-        elif (
-            now < self._next_trim
-            or grown < _GROWN
-            or (used > grown // 2 and size <= self._near_limit)
-        ):
+        elif now < self._next_trim or grown < _GROWN or used > grown // 2:
             return
         collect = few or (size > self._near_limit and now >= self._collect_next)
         self._postponed = not collect
