@@ -19,6 +19,7 @@ from control.kube.objects import Pod
 from proxy.directory import UNANSWERED
 from proxy.directory.channel.messages import (
     Current,
+    Goodbye,
     Hello,
     Ping,
     Refused,
@@ -181,7 +182,8 @@ async def test_the_connections_of_one_proxy_are_limited(workshop: Workshop) -> N
         second = await workshop.peer(port, identity)
         await second.send_all(HELLO)
         (goodbye,) = await messages(second)
-        assert "channel.max_connections_per_proxy" in goodbye.reason  # type: ignore[union-attr]
+        assert isinstance(goodbye, Goodbye)
+        assert "channel.max_connections_per_proxy" in goodbye.reason
         other = await workshop.peer(port, workshop.identity(SpiffeId(DOMAIN, "shop", "db")))
         await other.send_all(HELLO)
         await messages(other, 1)

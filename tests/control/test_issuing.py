@@ -300,7 +300,7 @@ async def test_a_client_that_speaks_another_protocol_is_refused(issuing: Issuing
 
 
 async def test_clients_without_a_certificate_are_accepted_nowhere_else(issuing: Issuing) -> None:
-    """The same identity's other context demands a certificate."""
+    """The context for the directory channel demands a certificate of the client."""
     assert issuing.identity.open_server_context.get_verify_mode() == SSL.VERIFY_NONE
     assert issuing.identity.server_context.get_verify_mode() & SSL.VERIFY_FAIL_IF_NO_PEER_CERT
     with pytest.raises(PeerRefused):

@@ -10,6 +10,7 @@ import trio
 from control.contract import SpiffeId
 from control.discovery.catalog import Changes
 from control.discovery.entries import PodEntry
+from proxy.directory.channel.source import ControlSource
 from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, application, outbound_port
 from tests.kit.channel import CONTROL, DOMAIN, LOOPBACK, Workshop, until
@@ -39,7 +40,8 @@ async def test_the_bytes_of_a_silent_client_do_not_go_there_in_clear_text(tmp_pa
             await until(lambda: channel.connections == 1, "the proxy is connected")
             client = await connect(Address(HOST, outbound_port(west)))
             source = west.source
-            await until(lambda: source.states()["known"] == 1, "the answer")  # type: ignore[attr-defined]
+            assert isinstance(source, ControlSource)
+            await until(lambda: source.states()["known"] == 1, "the answer")
             entry = PodEntry(HOST, SpiffeId(DOMAIN, "shop", "db"), frozenset())
             workshop.catalog.pods[HOST] = entry
             channel.changed(Changes({}, {HOST: entry}))

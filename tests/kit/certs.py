@@ -116,7 +116,7 @@ def self_signed(uri: str) -> Credential:
 def signed_with_sha1(
     certificate: x509.Certificate, issuer: ec.EllipticCurvePrivateKey
 ) -> x509.Certificate:
-    """The same, with a signature that can be forged. cryptography no longer makes such
+    """The certificate with a signature that can be forged. cryptography no longer makes such
     signatures."""
     forgeable = crypto.X509.from_cryptography(certificate)
     with warnings.catch_warnings():

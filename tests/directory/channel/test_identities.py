@@ -174,7 +174,9 @@ async def test_an_address_whose_identity_is_unknown_leads_nowhere(scene: Scene) 
     scene.use({A_ONE: unknown})
     assert not scene.clear(ONE, 443)
     scene.forget()
-    assert not scene.source.current.requested.unidentified  # type: ignore[union-attr]
+    requested = scene.source.current.requested
+    assert requested is not None
+    assert not requested.unidentified
 
 
 async def test_a_connection_to_a_new_pod_waits_until_its_identity_is_known(
